@@ -1,0 +1,1 @@
+"""The method: arrays in, arrays out. No DICOM, no queue, no service."""

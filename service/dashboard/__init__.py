@@ -1,0 +1,1 @@
+"""Server-rendered pages over the ledger for the people who operate the gateway."""
