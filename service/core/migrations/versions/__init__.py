@@ -1,0 +1,1 @@
+"""The steps of the ledger schema, oldest first."""
