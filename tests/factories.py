@@ -1,0 +1,476 @@
+"""Synthetic studies for tests: a T1 pre-contrast and a low-dose series as pydicom datasets, small and quick to make.
+
+Hides what a scanner writes. The healthy studies are clean under `dciodvfy -new`; odd cases are asked for by name, and
+anything else by editing the datasets that `make_pair` returns (plain pydicom datasets, one per slice). The same
+arguments always give the same bytes. Must never hold real patient data.
+
+    pair = make_pair(agent="Dotarem", volume_ml="4", plane="sagittal")        # datasets: pair.pre, pair.low
+    write_study(tmp_path, vendor="philips", odd=["localizer"])                # files on disk, one folder
+"""
+
+from __future__ import annotations
+
+import copy
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.sequence import Sequence
+from pydicom.uid import (
+    CTImageStorage,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    MRImageStorage,
+)
+from pydicom.valuerep import format_number_as_ds
+
+ODD_CASES = frozenset(
+    {
+        "gap_in_pre",  # one inner slice of the pre-contrast series is missing
+        "gap_in_low",
+        "short_low",  # the last two slices of the low-dose series are missing
+        "duplicated_position",  # two low-dose slices lie at the same place
+        "mixed_orientation",  # one low-dose slice is turned
+        "two_patients",  # the low-dose series belongs to somebody else
+        "two_studies",  # the low-dose series belongs to another study
+        "not_mr",  # everything is CT
+        "ct_beside",  # a CT series beside the pair
+        "localizer",  # a three-plane localizer beside the pair
+        "own_output",  # a series that lowgad made
+        "pre_only",
+        "short_pixels",  # one low-dose slice has half of its pixel data
+        "absurd_size",  # one low-dose slice claims 40000 x 40000 pixels
+        "not_dicom",  # one file of random bytes named .dcm
+        "cut_file",  # one low-dose file ends in the middle of the pixel data
+        "empty_file",
+        "standard_dose",  # the second series was acquired at the full dose
+    }
+)
+
+_PLANES: Mapping[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
+    "axial": ((1, 0, 0), (0, 1, 0)),
+    "sagittal": ((0, 1, 0), (0, 0, -1)),
+    "coronal": ((1, 0, 0), (0, 0, -1)),
+    # 12 degrees about x, then 7 about z: a normal clinical double oblique.
+    "oblique": ((0.99254615, 0.12186934, 0.0), (-0.11920629, 0.97085737, 0.20791169)),
+}
+
+_SEQUENCES: Mapping[str, Mapping[str, Any]] = {
+    "MPRAGE": {
+        "ScanningSequence": ["GR", "IR"],
+        "SequenceVariant": ["SK", "SP", "MP"],
+        "RepetitionTime": "2300",
+        "EchoTime": "2.98",
+        "InversionTime": "900",
+        "FlipAngle": "9",
+        "EchoTrainLength": "1",
+    },
+    "SPGR": {
+        "ScanningSequence": "GR",
+        "SequenceVariant": ["SS", "SP", "SK"],
+        "RepetitionTime": "8.2",
+        "EchoTime": "3.2",
+        "FlipAngle": "12",
+        "EchoTrainLength": "1",
+    },
+    "SE": {
+        "ScanningSequence": "SE",
+        "SequenceVariant": "SK",
+        "RepetitionTime": "600",
+        "EchoTime": "12",
+        "FlipAngle": "90",
+        "EchoTrainLength": "1",
+    },
+}
+
+_VENDORS: Mapping[str, Mapping[str, Any]] = {
+    "siemens": {
+        "Manufacturer": "SIEMENS",
+        "ManufacturerModelName": "Skyra",
+        "SoftwareVersions": "syngo MR E11",
+        "ScanOptions": "PFP",
+        "ImageType": ["ORIGINAL", "PRIMARY", "M", "ND"],
+        "SequenceName": "*tfl3d1_16",
+    },
+    "ge": {
+        "Manufacturer": "GE MEDICAL SYSTEMS",
+        "ManufacturerModelName": "SIGNA Premier",
+        "SoftwareVersions": ["29", "LX", "MR29.1"],
+        "ScanOptions": ["FAST_GEMS", "EDR_GEMS"],
+        "ImageType": ["ORIGINAL", "PRIMARY", "OTHER"],
+        "SequenceName": "",
+    },
+    "philips": {
+        "Manufacturer": "Philips",
+        "ManufacturerModelName": "Ingenia Elition X",
+        "SoftwareVersions": ["5.7.1", "5.7.1.3"],
+        "ScanOptions": "OTHER",
+        "ImageType": ["ORIGINAL", "PRIMARY", "M_FFE", "M", "FFE"],
+        "SequenceName": "",
+    },
+}
+
+
+@dataclass(frozen=True)
+class SyntheticPair:
+    """The two series of one study, slices in acquisition order."""
+
+    pre: list[Dataset]
+    low: list[Dataset]
+
+    @property
+    def all(self) -> list[Dataset]:
+        """Both series."""
+        return [*self.pre, *self.low]
+
+
+def uid(*names: object) -> str:
+    """A UID that depends on nothing but the names."""
+    return f"2.25.{uuid.uuid5(uuid.NAMESPACE_OID, '/'.join(map(str, names))).int}"
+
+
+def make_pair(
+    *,
+    seed: int = 0,
+    slices: int = 8,
+    rows: int = 24,
+    columns: int = 20,
+    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.2),
+    plane: str = "axial",
+    vendor: str = "siemens",
+    sequence: str = "MPRAGE",
+    field_strength_t: str | None = "3",
+    agent: str | None = "Gadovist",
+    volume_ml: str | None = "2.0",
+    total_dose_ml: str | None = None,
+    concentration: str | None = None,
+    agent_code: tuple[str, str, str] | None = None,
+    weight_kg: str | None = "80",
+    start_time: str | None = None,
+    charset: str | list[str] = "ISO_IR 100",
+    patient_name: str = "Phantom^Test",
+    pre_description: str = "t1_mprage_sag",
+    low_description: str = "t1_mprage_sag_KM",
+    pre_changes: Mapping[str, Any] | None = None,
+    low_changes: Mapping[str, Any] | None = None,
+) -> SyntheticPair:
+    """A healthy pair: same geometry, the low-dose series later and with contrast attributes.
+
+    Args:
+        seed: another seed is another patient, study and noise.
+        slices: how many slices each series has.
+        rows: image height in pixels.
+        columns: image width in pixels.
+        spacing_mm: between columns, rows and slices.
+        plane: axial, sagittal, coronal or oblique.
+        vendor: siemens (unsigned 12 bit), ge (signed 16 bit) or philips (rescale and private scale slope).
+        sequence: MPRAGE, SPGR or SE.
+        field_strength_t: MagneticFieldStrength as written; None leaves it out.
+        agent: ContrastBolusAgent of the low-dose series as written; None leaves the module out.
+        volume_ml: ContrastBolusVolume as written.
+        total_dose_ml: ContrastBolusTotalDose as written.
+        concentration: ContrastBolusIngredientConcentration as written.
+        agent_code: (CodeValue, CodingSchemeDesignator, CodeMeaning) of ContrastBolusAgentSequence.
+        weight_kg: PatientWeight as written; None leaves it out.
+        start_time: ContrastBolusStartTime as written.
+        charset: SpecificCharacterSet.
+        patient_name: PatientName, encodable in `charset`.
+        pre_description: SeriesDescription and ProtocolName of the pre-contrast series.
+        low_description: the same of the low-dose series.
+        pre_changes: keyword to value for every pre-contrast slice; None deletes the element.
+        low_changes: the same for every low-dose slice.
+    """
+    shape = (slices, rows, columns)
+    head, uptake = _phantom(shape)
+    noise = np.random.default_rng(seed)
+    contrast: dict[str, Any] = {}
+    if agent is not None:
+        contrast = {
+            "ContrastBolusAgent": agent,
+            "ContrastBolusRoute": "IV",
+            "ContrastBolusVolume": volume_ml,
+            "ContrastBolusTotalDose": total_dose_ml,
+            "ContrastBolusIngredientConcentration": concentration,
+            "ContrastBolusStartTime": start_time,
+        }
+    if agent_code is not None:
+        contrast["ContrastBolusAgentSequence"] = Sequence([_code(*agent_code)])
+    series = []
+    for number, (name, time, description, signal, extra, changes) in enumerate(
+        [
+            ("pre", "100500", pre_description, head, {}, pre_changes),
+            ("low", "101500", low_description, head + uptake, contrast, low_changes),
+        ]
+    ):
+        common: dict[str, Any] = {
+            **_patient_and_study(seed, charset, patient_name, weight_kg),
+            **_VENDORS[vendor],
+            **_SEQUENCES[sequence],
+            "SeriesInstanceUID": uid(seed, name),
+            "SeriesNumber": str(4 + 5 * number),
+            "SeriesDescription": description,
+            "ProtocolName": description,
+            "AcquisitionNumber": "1",
+            "MagneticFieldStrength": field_strength_t,
+            **extra,
+        }
+        for day, clock in (("Series", "Series"), ("Acquisition", "Acquisition"), ("Content", "Content")):
+            common[f"{day}Date"], common[f"{clock}Time"] = "20240105", time
+        voxels = signal + noise.normal(0, 6, shape)
+        planes = [
+            _slice(
+                uid(seed, name, k),
+                k,
+                common,
+                spacing_mm=spacing_mm,
+                axes=_PLANES[plane],
+            )
+            for k in range(slices)
+        ]
+        for k, dataset in enumerate(planes):
+            _set_pixels(dataset, voxels[k], vendor, philips_gain=1.0 + 0.25 * number)
+            _apply(dataset, changes or {})
+        series.append(planes)
+    return SyntheticPair(*series)
+
+
+def write_study(folder: Path, *, odd: Iterable[str] = (), implicit: bool = False, **options: Any) -> list[Path]:
+    """Write one study into `folder` (made if needed), one file per instance, and return the paths.
+
+    Args:
+        folder: where the files go; names are as meaningless as a scanner's.
+        odd: names from `ODD_CASES`, applied together.
+        implicit: write Implicit VR Little Endian.
+        options: as for `make_pair`.
+    """
+    cases = set(odd)
+    assert cases <= ODD_CASES, f"unknown odd case: {cases - ODD_CASES}"
+    if "standard_dose" in cases:
+        options = {"agent": "Gadovist", "volume_ml": "8", "weight_kg": "80", **options}
+    pair = make_pair(**options)
+    datasets = _odd_datasets(pair, cases)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for index, dataset in enumerate(datasets):
+        paths.append(folder / f"IM{index:05d}.dcm")
+        paths[-1].write_bytes(encode(dataset, implicit=implicit))
+    return paths + _odd_files(folder, paths, cases)
+
+
+def encode(dataset: Dataset, *, implicit: bool = False) -> bytes:
+    """The bytes of a DICOM file."""
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = dataset.SOPClassUID
+    meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
+    meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+    meta.ImplementationClassUID = uid("tests")
+    dataset.file_meta = meta
+    buffer = BytesIO()
+    dataset.save_as(buffer, implicit_vr=implicit, little_endian=True, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def _phantom(shape: tuple[int, int, int]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """A head (k, j, i) of about 500 units with a skull rim, and the uptake of a lesion and a vessel in it."""
+    k, j, i = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    radius = np.sqrt((k / 0.95) ** 2 + (j / 0.9) ** 2 + (i / 0.8) ** 2)
+    head = np.where(radius < 1, 420.0 + 120.0 * np.cos(4 * j) * np.cos(3 * i), 0.0)
+    head[(radius > 0.85) & (radius < 1)] = 250.0
+    lesion = np.exp(-(((k - 0.1) / 0.25) ** 2 + ((j - 0.2) / 0.2) ** 2 + ((i + 0.2) / 0.2) ** 2))
+    vessel = np.exp(-(((j + 0.6) / 0.08) ** 2 + (i / 0.08) ** 2)) * (np.abs(k) < 0.8)
+    return head, 150.0 * np.where(lesion > 0.05, lesion, 0) + 250.0 * vessel
+
+
+def _patient_and_study(seed: int, charset: str | list[str], name: str, weight_kg: str | None) -> dict[str, Any]:
+    return {
+        "SpecificCharacterSet": charset,
+        "PatientName": name,
+        "PatientID": f"SYNTH{seed:05d}",
+        "PatientBirthDate": "19700101",
+        "PatientSex": "O",
+        "PatientAge": "054Y",
+        "PatientWeight": weight_kg,
+        "StudyInstanceUID": uid(seed, "study"),
+        "StudyID": "1",
+        "StudyDate": "20240105",
+        "StudyTime": "095900",
+        "StudyDescription": "MR brain",
+        "AccessionNumber": f"A{seed:05d}",
+        "ReferringPhysicianName": "",
+        "InstitutionName": "Synthetic Hospital",
+        "StationName": "MR1",
+        "DeviceSerialNumber": "12345",
+        "Modality": "MR",
+        "BodyPartExamined": "BRAIN",
+        "PatientPosition": "HFS",
+        "FrameOfReferenceUID": uid(seed, "frame"),
+        "PositionReferenceIndicator": "",
+        "MRAcquisitionType": "3D",
+        "ImagedNucleus": "1H",
+        "ImagingFrequency": "123.25",
+        "NumberOfAverages": "1",
+    }
+
+
+def _slice(
+    sop_instance_uid: str,
+    k: int,
+    common: Mapping[str, Any],
+    *,
+    spacing_mm: tuple[float, float, float],
+    axes: tuple[tuple[float, float, float], tuple[float, float, float]],
+) -> Dataset:
+    """One classic MR slice; slice k lies k spacings along cross(row, column)."""
+    row, column = (np.array(axis, dtype=float) for axis in axes)
+    normal = np.cross(row, column)
+    position = np.array([-95.3, -110.7, -60.1]) + k * spacing_mm[2] * normal
+    dataset = Dataset()
+    _apply(dataset, {"SpecificCharacterSet": common["SpecificCharacterSet"]})
+    dataset.SOPClassUID = MRImageStorage
+    dataset.SOPInstanceUID = sop_instance_uid
+    _apply(dataset, common)
+    dataset.InstanceNumber = str(k + 1)
+    dataset.ImagePositionPatient = [_ds(value) for value in position]
+    dataset.ImageOrientationPatient = [_ds(value) for value in (*row, *column)]
+    dataset.PixelSpacing = [_ds(spacing_mm[1]), _ds(spacing_mm[0])]
+    dataset.SliceThickness = _ds(spacing_mm[2])
+    dataset.SpacingBetweenSlices = _ds(spacing_mm[2])
+    dataset.SliceLocation = _ds(float(position @ normal))
+    return dataset
+
+
+def _set_pixels(dataset: Dataset, signal: npt.NDArray[np.float64], vendor: str, *, philips_gain: float) -> None:
+    dataset.SamplesPerPixel = 1
+    dataset.PhotometricInterpretation = "MONOCHROME2"
+    dataset.Rows, dataset.Columns = signal.shape
+    dataset.BitsAllocated = 16
+    dataset.BitsStored = 16 if vendor == "ge" else 12
+    dataset.HighBit = dataset.BitsStored - 1
+    dataset.PixelRepresentation = int(vendor == "ge")
+    stored = np.abs(signal)
+    if vendor == "philips":
+        # Both series show the same floating-point values, each with its own scaling (as the vendor does).
+        scale_slope = float(np.float32(0.25 * philips_gain))
+        stored = stored * scale_slope
+        dataset.RescaleIntercept, dataset.RescaleSlope, dataset.RescaleType = "0", _ds(3.7 * philips_gain), "normalized"
+        block = dataset.private_block(0x2005, "Philips MR Imaging DD 001", create=True)
+        block.add_new(0x0E, "FL", scale_slope)
+    dataset.PixelData = np.round(stored).astype("<i2" if vendor == "ge" else "<u2").tobytes()
+    dataset.WindowCenter, dataset.WindowWidth = "400", "800"
+
+
+def _apply(dataset: Dataset, changes: Mapping[str, Any]) -> None:
+    for keyword, value in changes.items():
+        if value is not None:
+            setattr(dataset, keyword, value)
+        elif keyword in dataset:
+            delattr(dataset, keyword)
+
+
+def _code(value: str, scheme: str, meaning: str) -> Dataset:
+    item = Dataset()
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, scheme, meaning
+    return item
+
+
+def _ds(value: float) -> str:
+    return str(format_number_as_ds(float(value)))
+
+
+def _odd_datasets(pair: SyntheticPair, cases: set[str]) -> list[Dataset]:
+    beside = _series_beside(pair, cases)
+    pre, low = list(pair.pre), list(pair.low)
+    for case in sorted(cases & _EDITS.keys()):
+        _EDITS[case](pre, low)
+    datasets = [*pre, *low, *beside]
+    return [_as_ct(dataset) for dataset in datasets] if "not_mr" in cases else datasets
+
+
+def _middle(datasets: list[Dataset]) -> Dataset:
+    return datasets[len(datasets) // 2]
+
+
+def _set_all(datasets: list[Dataset], **changes: Any) -> None:
+    for dataset in datasets:
+        _apply(dataset, changes)
+
+
+_EDITS: Mapping[str, Callable[[list[Dataset], list[Dataset]], None]] = {
+    "gap_in_pre": lambda pre, low: pre.remove(_middle(pre)),
+    "gap_in_low": lambda pre, low: low.remove(_middle(low)),
+    "short_low": lambda pre, low: low.__delitem__(slice(-2, None)),
+    "duplicated_position": lambda pre, low: _apply(
+        _middle(low), {"ImagePositionPatient": low[len(low) // 2 - 1].ImagePositionPatient}
+    ),
+    "mixed_orientation": lambda pre, low: _apply(
+        _middle(low), {"ImageOrientationPatient": ["0", "1", "0", "0", "0", "-1"]}
+    ),
+    "short_pixels": lambda pre, low: _apply(
+        _middle(low), {"PixelData": _middle(low).PixelData[: len(_middle(low).PixelData) // 4 * 2]}
+    ),
+    "absurd_size": lambda pre, low: _apply(_middle(low), {"Rows": 40000, "Columns": 40000}),
+    "two_patients": lambda pre, low: _set_all(low, PatientID="SOMEBODYELSE", PatientName="Else^Somebody"),
+    "two_studies": lambda pre, low: _set_all(low, StudyInstanceUID=uid("another study")),
+    "pre_only": lambda pre, low: low.clear(),
+}
+
+
+def _series_beside(pair: SyntheticPair, cases: set[str]) -> list[Dataset]:
+    beside = []
+    if "ct_beside" in cases:
+        beside += [_as_ct(dataset) for dataset in _as_other_series(pair.pre, "ct")]
+    if "localizer" in cases:
+        beside += make_localizer(pair)
+    if "own_output" in cases:
+        for dataset in _as_other_series(pair.low, "own"):
+            dataset.ImageType = ["DERIVED", "SECONDARY", "OTHER"]
+            dataset.SyntheticData = "YES"
+            beside.append(dataset)
+    return beside
+
+
+def make_localizer(pair: SyntheticPair) -> list[Dataset]:
+    """A three-plane localizer of the same study: one slice per orientation, thick and of another sequence."""
+    datasets = _as_other_series(pair.pre[:3], "localizer")
+    for dataset, (row, column) in zip(datasets, _PLANES.values(), strict=False):
+        dataset.ImageOrientationPatient = [_ds(value) for value in (*row, *column)]
+        dataset.SeriesDescription = dataset.ProtocolName = "localizer"
+        dataset.MRAcquisitionType, dataset.SliceThickness = "2D", "8"
+        dataset.SeriesNumber = "1"
+    return datasets
+
+
+def _as_other_series(datasets: Iterable[Dataset], name: str) -> list[Dataset]:
+    copies = []
+    for k, dataset in enumerate(datasets):
+        other = copy.deepcopy(dataset)
+        other.SeriesInstanceUID = uid(dataset.StudyInstanceUID, name)
+        other.SOPInstanceUID = uid(dataset.StudyInstanceUID, name, k)
+        other.SeriesNumber = "77"
+        copies.append(other)
+    return copies
+
+
+def _as_ct(dataset: Dataset) -> Dataset:
+    dataset.SOPClassUID, dataset.Modality = CTImageStorage, "CT"
+    return dataset
+
+
+def _odd_files(folder: Path, paths: list[Path], cases: set[str]) -> list[Path]:
+    extra = []
+    if "not_dicom" in cases:
+        extra.append(folder / "IM99998.dcm")
+        extra[-1].write_bytes(np.random.default_rng(0).bytes(2048))
+    if "empty_file" in cases:
+        extra.append(folder / "IM99999.dcm")
+        extra[-1].write_bytes(b"")
+    if "cut_file" in cases:
+        data = paths[-1].read_bytes()
+        paths[-1].write_bytes(data[:-200])
+    return extra
