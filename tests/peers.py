@@ -1,4 +1,4 @@
-"""Real peers for the wire tests, on loopback and ephemeral ports: Orthanc, and a storage SCP that answers as it is told."""
+"""Real peers for the wire tests, on loopback and ephemeral ports: Orthanc, and an SCP that answers as it is told."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Orthanc:
 
     def get(self, path: str) -> Any:
         """What its REST API answers, decoded."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}{path}", timeout=10) as answer:  # noqa: S310
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}{path}", timeout=10) as answer:
             return json.load(answer)
 
     def sop_instance_uids(self) -> set[str]:

@@ -1,9 +1,9 @@
 """Sending derived instances to a PACS: C-STORE as SCU (PS3.4 Annex B, PS3.7 section 9.1.1).
 
-Hides association negotiation, which presentation contexts the files need, and what the many ways of failing mean: which
-instance is stored, which one the destination will never take, and which one is worth another attempt. Must never call an
-instance sent before the destination answered for it, never change an instance beyond re-encoding it between uncompressed
-transfer syntaxes, and never log identifiers of patients.
+Hides association negotiation, which presentation contexts the files need, and what the many ways of failing mean:
+which instance is stored, which one the destination will never take, and which one is worth another attempt. Must never
+call an instance sent before the destination answered for it, never change an instance beyond re-encoding it between
+uncompressed transfer syntaxes, and never log identifiers of patients.
 """
 
 from __future__ import annotations
@@ -156,13 +156,13 @@ def _offers(syntaxes: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 def _refusal(association: Association) -> Permanent | Retryable:
     """Why there is no association: a final refusal, or something that may pass."""
     answer = association.acceptor.primitive
-    if association.is_rejected:
+    if association.is_rejected and answer is not None:
         words = f"association rejected: {answer.reason_str} ({answer.source_str}, {answer.result_str})"
         if answer.result == REJECTED_TRANSIENT:
             return Retryable(Reason.DESTINATION_UNREACHABLE, words)
         return Permanent(Reason.DESTINATION_REFUSED, words)
     if association.rejected_contexts:
-        names = sorted({UID(context.abstract_syntax).name for context in association.rejected_contexts})
+        names = sorted({UID(context.abstract_syntax or "").name for context in association.rejected_contexts})
         return Permanent(Reason.DESTINATION_REFUSED, f"no presentation context accepted for {', '.join(names)}")
     return Retryable(Reason.DESTINATION_UNREACHABLE, "no connection, or the association was aborted")
 
