@@ -1,7 +1,7 @@
 """A job: one attempt-counted unit of work over a fixed set of instances of one study, and the one table of its states.
 
-Hides nothing but the rules: which state may follow which. `service.core.ledger` is the only writer of states. Must never
-hold pixels or patient data beyond the identifiers of DICOM objects.
+Hides nothing but the rules: which state may follow which. `service.core.ledger` is the only writer of states. Must
+never hold pixels or patient data beyond the identifiers of DICOM objects.
 """
 
 from __future__ import annotations
@@ -89,3 +89,6 @@ class Job:
     detail: str = ""
     source: str = ""  # "dimse:CALLING_AE" or "rest"
     report: dict[str, Any] = field(default_factory=dict)  # what `lowgad run` writes as report.json
+    tries: int = 0  # claims since a person last asked for it: what `max_attempts` limits
+    due_at: datetime | None = None  # backing off: not before this moment
+    worker: str = ""  # who holds, or last held, the lease

@@ -1,0 +1,755 @@
+"""The ledger: what has arrived, which jobs exist, where each stands and why. The truth; queues only carry ids.
+
+Hides SQL, two databases (SQLite in WAL mode, PostgreSQL) and concurrency. A state changes by one
+`UPDATE ... WHERE state IN (...)`, so of two writers one wins and the other is told; every change leaves a row of
+history. A worker proves that it still owns a job by its attempt number: results of an older attempt change nothing.
+Must never be written around: no other module issues SQL. Must never hold patient data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime, timedelta
+from enum import Enum
+from pathlib import Path
+from typing import Any, Self
+from uuid import uuid4
+
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import (
+    URL,
+    ColumnElement,
+    Connection,
+    Engine,
+    Row,
+    Table,
+    and_,
+    create_engine,
+    event,
+    exists,
+    func,
+    make_url,
+    or_,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.dialects import postgresql, sqlite
+
+from service.core import schema
+from service.core.errors import Reason
+from service.core.job import TRANSITIONS, Job, JobOptions, Stage, State
+
+MIGRATION_LOCK = 0x10_36AD  # any constant: serialises migrations of several processes on PostgreSQL
+LEASED = (State.RUNNING, State.DELIVERING)
+AFRESH: dict[str, Any] = {
+    "tries": 0,
+    "due_at": None,
+    "enqueued_at": None,
+    "lease_until": None,
+    "reason": None,
+    "detail": "",
+}
+AFTER_A_RUN = (
+    State.COMPUTED,
+    State.DELIVERED,
+    State.NEEDS_REVIEW,
+    State.REJECTED,
+    State.FAILED,
+    State.CANCELLED,
+)
+
+
+class Added(Enum):
+    """What the ledger knew about an instance that arrived."""
+
+    NEW = "new"
+    DUPLICATE = "duplicate"  # same SOPInstanceUID and same bytes (or the same object in another transfer syntax)
+    CONFLICT = "conflict"  # same SOPInstanceUID, other bytes: the first one is kept
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One received DICOM object; its bytes lie in the spool under `sha256`."""
+
+    sop_instance_uid: str
+    study_uid: str
+    series_uid: str
+    sop_class_uid: str
+    transfer_syntax_uid: str
+    sha256: str
+    size: int  # bytes
+    received_at: datetime
+    source: str  # "dimse:CALLING_AE" or "rest"
+    summary: dict[str, Any] = field(default_factory=dict)  # service.core.series.HeaderSummary as JSON
+
+
+@dataclass(frozen=True)
+class WaitingStudy:
+    """A study with instances that no job covers yet."""
+
+    study_uid: str
+    last_received_at: datetime
+    instances: int  # all instances of the study, covered or not
+
+
+@dataclass(frozen=True)
+class Transition:
+    """One line of a job's history. `from_state` is None for its creation."""
+
+    at: datetime
+    from_state: State | None
+    to_state: State
+    actor: str
+    reason: Reason | None
+    detail: str
+    attempt: int
+
+
+class DeliveryStatus(Enum):
+    """What a destination said about one result instance."""
+
+    PENDING = "PENDING"
+    SENT = "SENT"  # answered with success or a warning
+    FAILED = "FAILED"  # refused: sending again as it is will not help
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """One result instance for one destination."""
+
+    destination: str
+    sop_instance_uid: str
+    kind: str  # "sd" or "sd_plus"
+    path: str  # relative to the job's result folder
+    status: DeliveryStatus = DeliveryStatus.PENDING
+    dimse_status: int | None = None  # PS3.7 annex C
+    attempts: int = 0
+    last_error: str = ""
+    updated_at: datetime | None = None
+
+
+class Ledger:
+    """An open ledger. Safe to share between threads; every process opens its own.
+
+    Args:
+        engine: made by `Ledger.open`.
+        clock: gives the present moment, timezone-aware.
+    """
+
+    def __init__(self, engine: Engine, clock: Callable[[], datetime]) -> None:
+        self._engine = engine
+        self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._clock = clock
+
+    @classmethod
+    def open(cls, url: str, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> Ledger:
+        """Connect and bring the tables up to date; several processes may do so at the same time.
+
+        Raises:
+            sqlalchemy.exc.OperationalError: the database cannot be reached.
+        """
+        engine = _engine(make_url(url))
+        _migrate(engine)
+        return cls(engine, clock)
+
+    def close(self) -> None:
+        """Give back the connections."""
+        self._engine.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def ping(self) -> None:
+        """Ask the database for one row.
+
+        Raises:
+            sqlalchemy.exc.OperationalError: the database cannot be reached.
+        """
+        with self._reader.connect() as connection:
+            connection.execute(text("SELECT 1"))
+
+    # --- what has arrived ---------------------------------------------------------------------------------------------
+
+    def add_instance(self, instance: Instance) -> Added:
+        """Note an instance whose bytes are already durable. Durable itself when this returns."""
+        table = schema.instances
+        with self._engine.begin() as connection:
+            if _insert_new(connection, table, [asdict(instance)]):
+                return Added.NEW
+            query = select(table).where(table.c.sop_instance_uid == instance.sop_instance_uid)
+            known = _instance(connection.execute(query).one())
+        return Added.DUPLICATE if _same_object(known, instance) else Added.CONFLICT
+
+    def instances(self, study_uid: str) -> list[Instance]:
+        """Everything received of one study, oldest first."""
+        table = schema.instances
+        query = select(table).where(table.c.study_uid == study_uid)
+        return [_instance(row) for row in self._read(query.order_by(table.c.received_at, table.c.sop_instance_uid))]
+
+    def studies_waiting(self) -> list[WaitingStudy]:
+        """Studies with instances that no job covers, longest-waiting first."""
+        table = schema.instances
+        uncovered = select(table.c.study_uid).where(table.c.job_id.is_(None)).distinct()
+        last = func.max(table.c.received_at).label("last")
+        query = (
+            select(table.c.study_uid, last, func.count().label("total"))
+            .where(table.c.study_uid.in_(uncovered))
+            .group_by(table.c.study_uid)
+            .order_by(last)
+        )
+        return [WaitingStudy(row.study_uid, row.last, row.total) for row in self._read(query)]
+
+    def holds(self, sha256: str) -> bool:
+        """Whether an instance with these bytes is known; what the spool's janitor asks."""
+        table = schema.instances
+        return bool(self._read(select(table.c.sha256).where(table.c.sha256 == sha256).limit(1)))
+
+    # --- jobs ---------------------------------------------------------------------------------------------------------
+
+    def create_job(
+        self,
+        study_uid: str,
+        instances: Sequence[Instance],
+        options: JobOptions,
+        source: str,
+        considered: Sequence[Instance] = (),
+    ) -> tuple[Job, bool]:
+        """A job over exactly these instances; the job that already exists for the same input and options, if any.
+
+        Args:
+            study_uid: the study they belong to.
+            instances: the input.
+            options: what was asked for.
+            source: who sent or asked, for the history.
+            considered: instances of the study that were looked at and are not input; they stop waiting, too.
+
+        Returns:
+            The job, and whether this call made it.
+        """
+        fresh = _new_job(study_uid, instances, options, source, self._clock())
+        table = schema.jobs
+        same = and_(table.c.input_hash == fresh.input_hash, table.c.options_hash == _options_hash(options))
+        with self._engine.begin() as connection:
+            created = _insert_new(connection, table, [_job_row(fresh)]) > 0
+            job = _job(connection.execute(select(table).where(same)).one())
+            if created:
+                inputs = [{"job_id": job.id, "sop_instance_uid": item.sop_instance_uid} for item in instances]
+                _insert_new(connection, schema.job_inputs, inputs)
+                _record(connection, job, None, actor=source, at=job.created_at)
+            _stop_waiting(connection, job.id, [*instances, *considered])
+        return job, created
+
+    def job(self, job_id: str) -> Job | None:
+        """The job of that id."""
+        rows = self._read(select(schema.jobs).where(schema.jobs.c.id == job_id))
+        return _job(rows[0]) if rows else None
+
+    def jobs(
+        self,
+        states: Collection[State] | None = None,
+        limit: int = 100,
+        before: str | None = None,
+        study_uid: str | None = None,
+    ) -> list[Job]:
+        """Jobs, newest first. `before` is the id of the last job of the previous page."""
+        table = schema.jobs
+        query = select(table).order_by(table.c.created_at.desc(), table.c.id.desc()).limit(limit)
+        if states is not None:
+            query = query.where(table.c.state.in_([state.value for state in states]))
+        if study_uid is not None:
+            query = query.where(table.c.study_uid == study_uid)
+        if before is not None and (last := self.job(before)):
+            older = and_(table.c.created_at == last.created_at, table.c.id < last.id)
+            query = query.where(or_(table.c.created_at < last.created_at, older))
+        return [_job(row) for row in self._read(query)]
+
+    def inputs(self, job_id: str) -> list[Instance]:
+        """The instances a job was made for."""
+        table, chosen = schema.instances, schema.job_inputs
+        query = (
+            select(table)
+            .join(chosen, chosen.c.sop_instance_uid == table.c.sop_instance_uid)
+            .where(chosen.c.job_id == job_id)
+            .order_by(table.c.sop_instance_uid)
+        )
+        return [_instance(row) for row in self._read(query)]
+
+    def history(self, job_id: str) -> list[Transition]:
+        """Everything that happened to a job, oldest first."""
+        table = schema.transitions
+        rows = self._read(select(table).where(table.c.job_id == job_id).order_by(table.c.id))
+        return [_transition(row) for row in rows]
+
+    def counts(self) -> dict[State, int]:
+        """How many jobs stand in each state; every state is present."""
+        table = schema.jobs
+        rows = self._read(select(table.c.state, func.count().label("total")).group_by(table.c.state))
+        return dict.fromkeys(State, 0) | {State(row.state): row.total for row in rows}
+
+    # --- state changes ------------------------------------------------------------------------------------------------
+
+    def move(
+        self,
+        job_id: str,
+        from_states: Collection[State],
+        to: State,
+        *,
+        actor: str,
+        reason: Reason | None = None,
+        detail: str = "",
+        attempt: int | None = None,
+        report: dict[str, Any] | None = None,
+        due_at: datetime | None = None,
+    ) -> Job | None:
+        """Change the state, if it is one of `from_states` and, where given, the attempt is still `attempt`.
+
+        A job moved to QUEUED with `due_at` is enqueued by the sweep at that moment; its tries go on counting.
+
+        Returns:
+            The job as it is now, or None when somebody else was faster.
+
+        Raises:
+            ValueError: the table of transitions forbids one of the changes (a mistake of the caller).
+        """
+        values: dict[str, Any] = {
+            "reason": reason.name if reason else None,
+            "detail": detail,
+            "due_at": due_at,
+            "enqueued_at": None,
+            "lease_until": None,
+        }
+        if report is not None:
+            values["report"] = report
+        with self._engine.begin() as connection:
+            return _job_or_none(self._swap(connection, job_id, from_states, to, values, actor=actor, attempt=attempt))
+
+    def claim(self, job_id: str, worker: str, lease_seconds: float) -> Job | None:
+        """Take a QUEUED job to run it; None when it is not there to be taken (a second message is a no-op)."""
+        values = self._lease(worker, lease_seconds) | {"stage": None, "progress": 0.0, "reason": None, "detail": ""}
+        with self._engine.begin() as connection:
+            return _job_or_none(self._swap(connection, job_id, [State.QUEUED], State.RUNNING, values, actor=worker))
+
+    def claim_delivery(self, job_id: str, worker: str, lease_seconds: float) -> Job | None:
+        """Take a DELIVERING job to send it; None when somebody is sending it, or it is no longer to be sent."""
+        table = schema.jobs
+        free = or_(table.c.lease_until.is_(None), table.c.lease_until <= self._clock())
+        values = self._lease(worker, lease_seconds) | {"stage": Stage.DELIVER.value}
+        return self._touch(job_id, State.DELIVERING, values, free)
+
+    def postpone_delivery(self, job_id: str, attempt: int, due_at: datetime, reason: Reason, detail: str) -> Job | None:
+        """Give a delivery back: the sweep enqueues it again at `due_at`."""
+        values = {
+            "due_at": due_at,
+            "reason": reason.name,
+            "detail": detail,
+            "lease_until": None,
+            "enqueued_at": None,
+        }
+        return self._touch(job_id, State.DELIVERING, values, schema.jobs.c.attempt == attempt)
+
+    def heartbeat(
+        self,
+        job_id: str,
+        attempt: int,
+        stage: Stage | None = None,
+        progress: float | None = None,
+        *,
+        lease_seconds: float,
+    ) -> bool:
+        """Extend the lease of a running or delivering job.
+
+        Returns:
+            False when the job is no longer this attempt's: stop, and throw the work away.
+        """
+        values: dict[str, Any] = {"lease_until": self._clock() + timedelta(seconds=lease_seconds)}
+        values |= {"stage": stage.value} if stage else {}
+        values |= {"progress": min(max(progress, 0.0), 1.0)} if progress is not None else {}
+        table = schema.jobs
+        leased = table.c.state.in_([state.value for state in LEASED])
+        change = update(table).where(table.c.id == job_id, table.c.attempt == attempt, leased)
+        with self._engine.begin() as connection:
+            return bool(connection.execute(change.values(values)).rowcount)
+
+    def finish(
+        self, job_id: str, attempt: int, *, actor: str, report: dict[str, Any], deliveries: Iterable[Delivery] = ()
+    ) -> Job | None:
+        """The result is published: RUNNING -> COMPUTED, and on to DELIVERING where there is something to deliver.
+
+        One transaction, so no result can be computed and then forgotten. None when the attempt is no longer ours.
+        """
+        values = {"report": report, "progress": 1.0, "lease_until": None, "tries": 0, "enqueued_at": None}
+        with self._engine.begin() as connection:
+            row = self._swap(connection, job_id, [State.RUNNING], State.COMPUTED, values, actor=actor, attempt=attempt)
+            if row and self._plan(connection, job_id, deliveries):
+                row = self._swap(connection, job_id, [State.COMPUTED], State.DELIVERING, {}, actor=actor)
+        return _job_or_none(row)
+
+    def cancel(self, job_id: str, actor: str, detail: str = "") -> Job | None:
+        """Stop a job wherever it can be stopped; a worker notices at its next heartbeat."""
+        return self.move(job_id, _sources_of(State.CANCELLED), State.CANCELLED, actor=actor, detail=detail)
+
+    def rerun(self, job_id: str, actor: str) -> Job | None:
+        """Compute again from the same input, with fresh tries."""
+        with self._engine.begin() as connection:
+            return _job_or_none(self._swap(connection, job_id, AFTER_A_RUN, State.QUEUED, AFRESH, actor=actor))
+
+    def resend(self, job_id: str, actor: str, deliveries: Iterable[Delivery] = ()) -> Job | None:
+        """Send a result again, with fresh tries. After a failure only what is missing, otherwise everything.
+
+        Args:
+            job_id: a job in COMPUTED, DELIVERED or FAILED.
+            actor: who asks.
+            deliveries: more rows, for destinations the job was not made for.
+
+        Returns:
+            None when there is nothing to send or the state does not allow it.
+        """
+        table = schema.deliveries
+        anything = exists().where(table.c.job_id == job_id)
+        again = update(table).where(table.c.job_id == job_id)
+        with self._engine.begin() as connection:
+            self._plan(connection, job_id, deliveries)
+            sources = _sources_of(State.DELIVERING)
+            row = self._swap(connection, job_id, sources, State.DELIVERING, AFRESH, actor=actor, only_if=anything)
+            if row is None:
+                connection.rollback()
+                return None
+            if row.previous_state == State.FAILED.value:
+                again = again.where(table.c.status != DeliveryStatus.SENT.value)
+            connection.execute(again.values(status=DeliveryStatus.PENDING.value, last_error=""))
+        return _job(row)
+
+    # --- deliveries ---------------------------------------------------------------------------------------------------
+
+    def deliveries(self, job_id: str) -> list[Delivery]:
+        """What was, is or will be sent of a job."""
+        table = schema.deliveries
+        query = select(table).where(table.c.job_id == job_id)
+        rows = self._read(query.order_by(table.c.destination, table.c.kind, table.c.path))
+        return [_delivery(row) for row in rows]
+
+    def record_delivery(
+        self,
+        job_id: str,
+        destination: str,
+        sop_instance_uid: str,
+        status: DeliveryStatus,
+        *,
+        dimse_status: int | None = None,
+        error: str = "",
+    ) -> None:
+        """Note what the destination said about one instance, as soon as it has said it."""
+        table = schema.deliveries
+        change = update(table).where(
+            table.c.job_id == job_id,
+            table.c.destination == destination,
+            table.c.sop_instance_uid == sop_instance_uid,
+        )
+        values = {
+            "status": status.value,
+            "dimse_status": dimse_status,
+            "last_error": error,
+            "updated_at": self._clock(),
+        }
+        with self._engine.begin() as connection:
+            connection.execute(change.values(values | {"attempts": table.c.attempts + 1}))
+
+    # --- what the sweep asks ------------------------------------------------------------------------------------------
+
+    def expired(self) -> list[Job]:
+        """RUNNING jobs whose worker has not been heard of within its lease."""
+        table = schema.jobs
+        query = select(table).where(table.c.state == State.RUNNING.value, table.c.lease_until <= self._clock())
+        return [_job(row) for row in self._read(query)]
+
+    def due(self, requeue_seconds: float) -> list[Job]:
+        """Jobs that need a message in a queue: never enqueued, or so long ago that the message may be lost.
+
+        QUEUED jobs are for `process`, DELIVERING ones for `deliver`. A superfluous message does no harm.
+        """
+        table, now = schema.jobs, self._clock()
+        lost = table.c.enqueued_at <= now - timedelta(seconds=requeue_seconds)
+        query = select(table).where(
+            table.c.state.in_([State.QUEUED.value, State.DELIVERING.value]),
+            or_(table.c.due_at.is_(None), table.c.due_at <= now),
+            or_(table.c.lease_until.is_(None), table.c.lease_until <= now),
+            or_(table.c.enqueued_at.is_(None), lost),
+        )
+        return [_job(row) for row in self._read(query.order_by(table.c.created_at))]
+
+    def mark_enqueued(self, job_id: str) -> None:
+        """Note that a message was handed to the broker."""
+        change = update(schema.jobs).where(schema.jobs.c.id == job_id)
+        with self._engine.begin() as connection:
+            connection.execute(change.values(enqueued_at=self._clock()))
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _read(self, query: Any) -> Sequence[Row[Any]]:
+        with self._reader.connect() as connection:
+            return connection.execute(query).all()
+
+    def _lease(self, worker: str, lease_seconds: float) -> dict[str, Any]:
+        table = schema.jobs
+        return {
+            "attempt": table.c.attempt + 1,
+            "tries": table.c.tries + 1,
+            "worker": worker,
+            "lease_until": self._clock() + timedelta(seconds=lease_seconds),
+            "due_at": None,
+        }
+
+    def _swap(
+        self,
+        connection: Connection,
+        job_id: str,
+        from_states: Collection[State],
+        to: State,
+        values: dict[str, Any],
+        *,
+        actor: str,
+        attempt: int | None = None,
+        only_if: ColumnElement[bool] | None = None,
+    ) -> Row[Any] | None:
+        """The one statement that changes a state, and the line of history it leaves."""
+        if forbidden := [state.value for state in from_states if to not in TRANSITIONS[state]]:
+            raise ValueError(f"no transition from {', '.join(forbidden)} to {to.value}")
+        table, now = schema.jobs, self._clock()
+        change = (
+            update(table)
+            .where(table.c.id == job_id, table.c.state.in_([state.value for state in from_states]))
+            .values(values | {"previous_state": table.c.state, "state": to.value, "updated_at": now})
+            .returning(table)
+        )
+        change = change if attempt is None else change.where(table.c.attempt == attempt)
+        change = change if only_if is None else change.where(only_if)
+        row = connection.execute(change).one_or_none()
+        if row is not None:
+            _record(connection, _job(row), State(row.previous_state), actor=actor, at=now)
+        return row
+
+    def _touch(self, job_id: str, state: State, values: dict[str, Any], only_if: ColumnElement[bool]) -> Job | None:
+        """Change a job without changing its state."""
+        table = schema.jobs
+        change = update(table).where(table.c.id == job_id, table.c.state == state.value, only_if)
+        with self._engine.begin() as connection:
+            row = connection.execute(
+                change.values(values | {"updated_at": self._clock()}).returning(table)
+            ).one_or_none()
+        return _job_or_none(row)
+
+    def _plan(self, connection: Connection, job_id: str, deliveries: Iterable[Delivery]) -> int:
+        """Insert rows to deliver; those that exist (a re-run made the same UIDs) become pending again."""
+        table, planned = schema.deliveries, [_delivery_row(job_id, item, self._clock()) for item in deliveries]
+        for row in planned:
+            fresh = {name: row[name] for name in ("kind", "path", "status", "dimse_status", "last_error", "updated_at")}
+            keys = ["job_id", "destination", "sop_instance_uid"]
+            connection.execute(
+                _insert(connection, table).values(row).on_conflict_do_update(index_elements=keys, set_=fresh)
+            )
+        return len(planned)
+
+
+def _engine(url: URL) -> Engine:
+    if url.get_backend_name() != "sqlite":
+        return create_engine(url, pool_pre_ping=True)
+    if url.database:
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(url, connect_args={"timeout": 30})
+
+    @event.listens_for(engine, "connect")
+    def _set_up(connection: Any, _: object) -> None:
+        connection.isolation_level = None  # the driver must not begin transactions by itself
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")  # a commit that was answered with 0x0000 survives a power cut
+        connection.execute("PRAGMA foreign_keys = ON")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        # Taking the write lock at once lets writers queue; a lock upgraded later fails instead of waiting.
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    return engine
+
+
+def _migrate(engine: Engine) -> None:
+    config = Config()
+    config.set_main_option("script_location", "service.core:migrations")
+    config.set_main_option("path_separator", "os")
+    head = ScriptDirectory.from_config(config).get_current_head()
+    with engine.begin() as connection:
+        if connection.dialect.name == "postgresql":
+            connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
+        if MigrationContext.configure(connection).get_current_revision() != head:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+
+
+def _insert(connection: Connection, table: Table) -> Any:
+    return postgresql.insert(table) if connection.dialect.name == "postgresql" else sqlite.insert(table)
+
+
+def _insert_new(connection: Connection, table: Table, rows: Sequence[dict[str, Any]]) -> int:
+    """Insert what is not there yet. Returns how many of the rows were new."""
+    return sum(
+        connection.execute(_insert(connection, table).values(row).on_conflict_do_nothing()).rowcount for row in rows
+    )
+
+
+def _stop_waiting(connection: Connection, job_id: str, instances: Sequence[Instance]) -> None:
+    table = schema.instances
+    uids = [item.sop_instance_uid for item in instances]
+    for start in range(0, len(uids), 500):  # SQLite limits the number of parameters
+        some = update(table).where(table.c.sop_instance_uid.in_(uids[start : start + 500]))
+        connection.execute(some.values(job_id=job_id))
+
+
+def _record(connection: Connection, job: Job, previous: State | None, *, actor: str, at: datetime) -> None:
+    row = {
+        "job_id": job.id,
+        "at": at,
+        "from_state": previous.value if previous else None,
+        "to_state": job.state.value,
+        "actor": actor,
+        "reason": job.reason.name if job.reason else None,
+        "detail": job.detail,
+        "attempt": job.attempt,
+    }
+    connection.execute(schema.transitions.insert().values(row))
+
+
+def _sources_of(to: State) -> list[State]:
+    return [state for state, following in TRANSITIONS.items() if to in following]
+
+
+def _same_object(known: Instance, other: Instance) -> bool:
+    """Bytes decide; in another transfer syntax the bytes must differ, and the UIDs have to be believed (PS3.5 9)."""
+    if known.sha256 == other.sha256:
+        return True
+    same_place = (known.study_uid, known.series_uid) == (other.study_uid, other.series_uid)
+    return same_place and known.transfer_syntax_uid != other.transfer_syntax_uid
+
+
+def _input_hash(instances: Sequence[Instance]) -> str:
+    lines = sorted(f"{item.sop_instance_uid} {item.sha256}" for item in instances)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _options_hash(options: JobOptions) -> str:
+    return hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode()).hexdigest()
+
+
+def _new_job(study_uid: str, instances: Sequence[Instance], options: JobOptions, source: str, now: datetime) -> Job:
+    return Job(
+        id=uuid4().hex,
+        study_uid=study_uid,
+        state=State.QUEUED,
+        options=options,
+        input_hash=_input_hash(instances),
+        attempt=0,
+        created_at=now,
+        updated_at=now,
+        source=source,
+    )
+
+
+def _job_row(job: Job) -> dict[str, Any]:
+    return {
+        "id": job.id,
+        "study_uid": job.study_uid,
+        "state": job.state.value,
+        "options": asdict(job.options),
+        "options_hash": _options_hash(job.options),
+        "input_hash": job.input_hash,
+        "attempt": job.attempt,
+        "tries": job.tries,
+        "created_at": job.created_at,
+        "updated_at": job.updated_at,
+        "progress": job.progress,
+        "detail": job.detail,
+        "source": job.source,
+        "report": job.report,
+    }
+
+
+def _job(row: Row[Any]) -> Job:
+    options = dict(row.options)
+    options["destinations"] = tuple(options["destinations"])
+    return Job(
+        id=row.id,
+        study_uid=row.study_uid,
+        state=State(row.state),
+        options=JobOptions(**options),
+        input_hash=row.input_hash,
+        attempt=row.attempt,
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+        stage=Stage(row.stage) if row.stage else None,
+        progress=row.progress,
+        reason=Reason[row.reason] if row.reason else None,
+        detail=row.detail,
+        source=row.source,
+        report=row.report,
+        tries=row.tries,
+        due_at=row.due_at,
+        worker=row.worker or "",
+    )
+
+
+def _job_or_none(row: Row[Any] | None) -> Job | None:
+    return None if row is None else _job(row)
+
+
+def _instance(row: Row[Any]) -> Instance:
+    return Instance(
+        sop_instance_uid=row.sop_instance_uid,
+        study_uid=row.study_uid,
+        series_uid=row.series_uid,
+        sop_class_uid=row.sop_class_uid,
+        transfer_syntax_uid=row.transfer_syntax_uid,
+        sha256=row.sha256,
+        size=row.size,
+        received_at=row.received_at,
+        source=row.source,
+        summary=row.summary,
+    )
+
+
+def _transition(row: Row[Any]) -> Transition:
+    return Transition(
+        at=row.at,
+        from_state=State(row.from_state) if row.from_state else None,
+        to_state=State(row.to_state),
+        actor=row.actor,
+        reason=Reason[row.reason] if row.reason else None,
+        detail=row.detail,
+        attempt=row.attempt,
+    )
+
+
+def _delivery_row(job_id: str, delivery: Delivery, now: datetime) -> dict[str, Any]:
+    return asdict(delivery) | {"job_id": job_id, "status": delivery.status.value, "updated_at": now}
+
+
+def _delivery(row: Row[Any]) -> Delivery:
+    return Delivery(
+        destination=row.destination,
+        sop_instance_uid=row.sop_instance_uid,
+        kind=row.kind,
+        path=row.path,
+        status=DeliveryStatus(row.status),
+        dimse_status=row.dimse_status,
+        attempts=row.attempts,
+        last_error=row.last_error,
+        updated_at=row.updated_at,
+    )

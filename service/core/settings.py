@@ -1,0 +1,187 @@
+"""Everything a site can choose, read once at start-up and then frozen.
+
+Hides where a value comes from: an environment variable `LOWGAD_<NAME>`, a file named by `LOWGAD_<NAME>_FILE` (for
+secrets that an orchestrator mounts), the TOML site file named by `LOWGAD_SITE_FILE`, or the default written here, in
+that order. A name that nobody knows stops the start-up: a misspelt setting must never be silently ignored. Must never
+be read anywhere else, and must never print a value, since a database URL holds a password.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+PREFIX = "LOWGAD_"
+EMBEDDED_BROKER = "embedded"
+
+
+class SettingsError(ValueError):
+    """A setting is unknown or has an impossible value; the message names the setting and never shows its value."""
+
+
+def _split(value: object) -> object:
+    """Environment variables hold lists as `a, b, c`."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+AeTitle = Annotated[str, Field(pattern=r"^[\x21-\x5b\x5d-\x7e]([\x20-\x5b\x5d-\x7e]{0,14}[\x21-\x5b\x5d-\x7e])?$")]
+Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Unknown = Literal["field_strength", "agent", "dose"]
+
+
+class Destination(BaseModel):
+    """Where results are sent by C-STORE."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$", description="Name shown to operators")
+    host: str = Field(description="Host name or address")
+    port: Port = Field(description="TCP port")
+    ae_title: AeTitle = Field(description="Called AE title")
+    calling_ae_title: AeTitle = Field(default="LOWGAD", description="AE title we introduce ourselves with")
+
+
+class Settings(BaseModel):
+    """The settings; each field's description is what the README shows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data_dir: Path = Field(default=Path("var"), description="Folder for database, spool and embedded broker")
+    database_url: str = Field(default="", description="SQLAlchemy URL; empty: SQLite in the data folder")
+    broker_url: str = Field(default=EMBEDDED_BROKER, description="redis://... or `embedded` (files in the data folder)")
+    model_dir: Path | None = Field(default=None, description="Model folder with its card; unset: the bundled model")
+    engine: Literal["network", "linear"] = Field(default="network", description="Engine when a job names none")
+    allow_unknown: Annotated[frozenset[Unknown], BeforeValidator(_split)] = Field(
+        default=frozenset(), description="Quantities that may be unknown: field_strength, agent, dose"
+    )
+
+    listen_host: str = Field(default="127.0.0.1", description="Address of the DICOM listener")
+    listen_port: Port = Field(default=11112, description="Port of the DICOM listener; 0: any free port")
+    ae_title: AeTitle = Field(default="LOWGAD", description="Our AE title; other called titles are rejected")
+    allowed_calling_aes: Names = Field(default=(), description="Calling AE titles admitted; empty: any")
+    max_associations: int = Field(default=32, ge=1, description="DICOM associations open at the same time")
+    max_object_bytes: int = Field(default=1 << 30, ge=1 << 20, description="Largest DICOM object accepted")
+    receive_timeout_seconds: float = Field(
+        default=30.0, gt=0, description="A peer silent for longer inside a message is cut off"
+    )
+
+    api_host: str = Field(default="127.0.0.1", description="Address of REST API and dashboard")
+    api_port: Port = Field(default=8080, description="Port of REST API and dashboard; 0: any free port")
+    max_upload_bytes: int = Field(default=2 << 30, ge=1, description="Largest upload")
+    max_unpacked_bytes: int = Field(default=4 << 30, ge=1, description="Largest unpacked upload")
+    max_upload_files: int = Field(default=10_000, ge=1, description="Most files in one upload")
+
+    quiet_seconds: float = Field(default=60.0, ge=0, description="Silence after which an unclear study is complete")
+    sweep_seconds: float = Field(
+        default=2.0, gt=0, description="Interval between two looks at waiting studies and jobs"
+    )
+    requeue_seconds: float = Field(default=120.0, gt=0, description="Age at which a job's message counts as lost")
+    lease_seconds: float = Field(default=120.0, gt=0, description="A worker silent for longer has lost its job")
+    max_attempts: int = Field(default=3, ge=1, description="Starts of one job before it fails")
+    retry_seconds: float = Field(default=10.0, gt=0, description="First pause before a job is tried again")
+    disk_low_bytes: int = Field(default=2 << 30, ge=0, description="Free disk below which nothing is accepted")
+    retention_days: float = Field(default=14.0, gt=0, description="Days after which finished studies are deleted")
+
+    delivery_max_attempts: int = Field(default=12, ge=1, description="Attempts to deliver before a job fails")
+    delivery_retry_seconds: float = Field(default=15.0, gt=0, description="First pause before another delivery attempt")
+    delivery_retry_max_seconds: float = Field(default=900.0, gt=0, description="Longest pause between attempts")
+    destinations: tuple[Destination, ...] = Field(default=(), description="Known destinations (site file only)")
+    default_destinations: Names = Field(default=(), description="Destinations of a job that names none")
+
+    @model_validator(mode="after")
+    def _destinations_are_known(self) -> Self:
+        names = [destination.name for destination in self.destinations]
+        if len(set(names)) < len(names):
+            raise ValueError("two destinations share a name")
+        if unknown := sorted(set(self.default_destinations) - set(names)):
+            raise ValueError(f"default_destinations names unknown destinations: {', '.join(unknown)}")
+        return self
+
+    @classmethod
+    def load(cls, environ: Mapping[str, str], site_file: Path | None = None) -> Settings:
+        """Read the environment and the site file.
+
+        Raises:
+            SettingsError: unknown name, impossible value or unreadable file, in words an administrator can act on.
+        """
+        values, named_file = _from_environ(environ, known=frozenset(cls.model_fields))
+        path = site_file or named_file
+        site = _from_site_file(path, known=frozenset(cls.model_fields)) if path else {}
+        try:
+            return cls.model_validate(site | values)
+        except ValidationError as error:
+            raise SettingsError("; ".join(_explain(item["loc"], item["msg"]) for item in error.errors())) from None
+
+    @property
+    def ledger_url(self) -> str:
+        """The SQLAlchemy URL of the ledger, with driver."""
+        if not self.database_url:
+            return f"sqlite:///{(self.data_dir / 'ledger.sqlite').absolute()}"
+        scheme, _, rest = self.database_url.partition("://")
+        return f"postgresql+psycopg://{rest}" if scheme in {"postgres", "postgresql"} else self.database_url
+
+    @property
+    def spool_dir(self) -> Path:
+        """Folder of received bytes and results."""
+        return self.data_dir / "spool"
+
+    @property
+    def broker_dir(self) -> Path:
+        """Folder of the embedded broker."""
+        return self.data_dir / "broker"
+
+    def destination(self, name: str) -> Destination | None:
+        """The destination of that name, if the site file has it."""
+        return next((destination for destination in self.destinations if destination.name == name), None)
+
+
+def _from_environ(environ: Mapping[str, str], known: frozenset[str]) -> tuple[dict[str, Any], Path | None]:
+    values: dict[str, Any] = {}
+    site_file: Path | None = None
+    for variable in sorted(name for name in environ if name.startswith(PREFIX)):
+        name = variable.removeprefix(PREFIX).lower()
+        if variable == f"{PREFIX}SITE_FILE":
+            site_file = Path(environ[variable])
+        elif name in known - {"destinations"}:
+            values[name] = environ[variable]
+        elif name.removesuffix("_file") in known - {"destinations"}:
+            values[name.removesuffix("_file")] = _read_secret(variable, Path(environ[variable]))
+        else:
+            raise _unknown(variable, [f"{PREFIX}{field.upper()}" for field in known] + [f"{PREFIX}SITE_FILE"])
+    return values, site_file
+
+
+def _from_site_file(path: Path, known: frozenset[str]) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"the site file cannot be read: {error}") from None
+    for name in values:
+        if name not in known:
+            raise _unknown(name, list(known))
+    return values
+
+
+def _read_secret(variable: str, path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        raise SettingsError(f"the file that {variable} names cannot be read") from None
+
+
+def _unknown(name: str, known: list[str]) -> SettingsError:
+    near = difflib.get_close_matches(name, known, n=1)
+    return SettingsError(f"unknown setting {name}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def _explain(location: tuple[int | str, ...], message: str) -> str:
+    where = ".".join(str(part) for part in location)
+    return f"{where}: {message}" if where else message
