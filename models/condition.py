@@ -1,0 +1,75 @@
+"""The conditioning vector: what the network is told about an acquisition, and that something is unknown.
+
+Hides order and scaling of the numbers (contract version 1). Every quantity that a header may lack has a known bit: 1 and
+the value, or 0 and 0. Must never fill in a default: unknown is passed on as unknown.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from models.agents import BY_NAME
+
+CONTRACT_VERSION = 1
+SEQUENCES = ("SPGR", "MPRAGE", "SE")
+NAMES = (
+    "field", "field_known",
+    "log_dose_fraction", "dose_known",
+    "log_effective_dose", "relaxivity", "agent_known",
+    "log_sigma",
+    "log_spacing_i", "log_spacing_j", "log_spacing_k",
+    *(f"sequence_{name.lower()}" for name in SEQUENCES),
+)  # fmt: skip
+DOSE_INDEX, DOSE_KNOWN_INDEX = NAMES.index("log_dose_fraction"), NAMES.index("dose_known")
+TRAINED = {"field_strength_t": (1.0, 3.5), "dose_fraction": (0.05, 1.0), "spacing_mm": (0.7, 6.0), "sigma": (0.005, 0.2)}
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What is known of an acquisition; None is unknown."""
+
+    field_strength_t: float | None
+    agent: str | None  # generic name, a key of models.agents.BY_NAME
+    dose_mmol_per_kg: float | None
+    sequence: str | None  # one of SEQUENCES
+    sigma: float  # noise of the subtraction, white matter = 1 (measured, so never unknown)
+    spacing_mm: tuple[float, float, float]  # of the working grid along i, j, k
+
+    @property
+    def dose_fraction(self) -> float | None:
+        """Dose over the standard dose of this agent; None where either is unknown."""
+        if self.agent is None or self.dose_mmol_per_kg is None:
+            return None
+        return self.dose_mmol_per_kg / BY_NAME[self.agent].standard_dose_mmol_per_kg
+
+    @property
+    def relaxivity_per_mm_s(self) -> float | None:
+        """r1(B) of the agent in 1/(mM s); None where agent or field strength is unknown."""
+        if self.agent is None or self.field_strength_t is None:
+            return None
+        return BY_NAME[self.agent].relaxivity_per_mm_s(self.field_strength_t)
+
+
+def vector(conditions: Conditions) -> npt.NDArray[np.float32]:
+    """The conditioning vector, float32 of shape (len(NAMES),), in the order of NAMES."""
+    field, fraction, r1 = conditions.field_strength_t, conditions.dose_fraction, conditions.relaxivity_per_mm_s
+    dose = conditions.dose_mmol_per_kg
+    return np.array(
+        [
+            0.0 if field is None else (field - 2.25) / 0.75,
+            float(field is not None),
+            0.0 if fraction is None else math.log(fraction),
+            float(fraction is not None),
+            0.0 if r1 is None or dose is None else math.log(dose * r1 / 0.15),
+            0.0 if r1 is None else r1 / 10,
+            float(r1 is not None),
+            math.log(conditions.sigma / 0.03),
+            *(math.log(s) for s in conditions.spacing_mm),
+            *(float(conditions.sequence == name) for name in SEQUENCES),
+        ],
+        dtype=np.float32,
+    )
