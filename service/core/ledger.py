@@ -8,8 +8,11 @@ Must never be written around: no other module issues SQL. Must never hold patien
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import sqlite3
+import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -47,6 +50,7 @@ from service.core.errors import Reason
 from service.core.job import TRANSITIONS, Job, JobOptions, Stage, State
 
 MIGRATION_LOCK = 0x10_36AD  # any constant: serialises migrations of several processes on PostgreSQL
+BUSY_SECONDS = 30  # how long a writer waits for the others on SQLite
 LEASED = (State.RUNNING, State.DELIVERING)
 AFRESH: dict[str, Any] = {
     "tries": 0,
@@ -564,13 +568,12 @@ def _engine(url: URL) -> Engine:
     if url.get_backend_name() != "sqlite":
         return create_engine(url, pool_pre_ping=True)
     if url.database:
-        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(url, connect_args={"timeout": 30})
+        _use_write_ahead_log(Path(url.database))
+    engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS})
 
     @event.listens_for(engine, "connect")
     def _set_up(connection: Any, _: object) -> None:
         connection.isolation_level = None  # the driver must not begin transactions by itself
-        connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")  # a commit that was answered with 0x0000 survives a power cut
         connection.execute("PRAGMA foreign_keys = ON")
 
@@ -580,6 +583,22 @@ def _engine(url: URL) -> Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return engine
+
+
+def _use_write_ahead_log(path: Path) -> None:
+    """Switch the file to WAL for good. SQLite does not wait for its lock here, so of several processes we do."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + BUSY_SECONDS
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        while True:
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+            except sqlite3.OperationalError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
+            else:
+                return
 
 
 def _migrate(engine: Engine) -> None:
@@ -601,9 +620,8 @@ def _insert(connection: Connection, table: Table) -> Any:
 
 def _insert_new(connection: Connection, table: Table, rows: Sequence[dict[str, Any]]) -> int:
     """Insert what is not there yet. Returns how many of the rows were new."""
-    return sum(
-        connection.execute(_insert(connection, table).values(row).on_conflict_do_nothing()).rowcount for row in rows
-    )
+    new = _insert(connection, table).on_conflict_do_nothing().returning(*table.primary_key)
+    return sum(len(connection.execute(new.values(row)).all()) for row in rows)
 
 
 def _stop_waiting(connection: Connection, job_id: str, instances: Sequence[Instance]) -> None:

@@ -1,0 +1,401 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import datetime, timedelta
+from threading import Barrier
+from typing import TypeVar
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import create_engine
+
+from service.core import schema
+from service.core.errors import Reason
+from service.core.job import TRANSITIONS, Job, JobOptions, Stage, State
+from service.core.ledger import Added, Delivery, DeliveryStatus, Instance, Ledger
+from tests.conftest import Clock
+
+T = TypeVar("T")
+
+
+def an_instance(number: int = 1, study: str = "1.2.3", **changes: object) -> Instance:
+    plain = Instance(
+        sop_instance_uid=f"{study}.9.{number}",
+        study_uid=study,
+        series_uid=f"{study}.1",
+        sop_class_uid="1.2.840.10008.5.1.4.1.1.4",
+        transfer_syntax_uid="1.2.840.10008.1.2.1",
+        sha256=f"{number:064x}",
+        size=1000,
+        received_at=Clock().now,
+        source="dimse:MODALITY",
+        summary={"rows": 256},
+    )
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def a_job(ledger: Ledger, number: int = 1) -> Job:
+    instance = an_instance(number)
+    ledger.add_instance(instance)
+    return ledger.create_job(instance.study_uid, [instance], JobOptions(), "rest")[0]
+
+
+def a_result(ledger: Ledger, *deliveries: Delivery) -> Job:
+    job = a_job(ledger)
+    running = ledger.claim(job.id, "worker", 60)
+    assert running is not None
+    done = ledger.finish(job.id, running.attempt, actor="worker", report={"ok": True}, deliveries=deliveries)
+    assert done is not None
+    return done
+
+
+def at_the_same_time(count: int, action: Callable[[int], T]) -> list[T]:
+    barrier = Barrier(count)
+
+    def wait_and_act(number: int) -> T:
+        barrier.wait()
+        return action(number)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(wait_and_act, range(count)))
+
+
+def states(ledger: Ledger, job: Job) -> list[State]:
+    return [step.to_state for step in ledger.history(job.id)]
+
+
+def deliveries(*names: str) -> list[Delivery]:
+    return [Delivery("pacs", f"2.25.{name}", "sd", f"sd/{name}.dcm") for name in names]
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def test_migrations_build_exactly_the_tables_that_the_code_uses(ledger: Ledger, database_url: str) -> None:
+    engine = create_engine(database_url)
+    with engine.connect() as connection:
+        differences = compare_metadata(MigrationContext.configure(connection), schema.metadata)
+    engine.dispose()
+    assert differences == []
+
+
+def test_several_processes_may_open_an_empty_database_at_the_same_time(database_url: str) -> None:
+    opened = at_the_same_time(4, lambda _: Ledger.open(database_url))
+    assert [sum(ledger.counts().values()) for ledger in opened] == [0, 0, 0, 0]
+    for ledger in opened:
+        ledger.close()
+
+
+def test_a_ledger_opened_again_still_knows_everything(database_url: str) -> None:
+    with Ledger.open(database_url) as first:
+        job = a_job(first)
+    with Ledger.open(database_url) as second:
+        assert second.job(job.id) == job
+
+
+# --- instances --------------------------------------------------------------------------------------------------------
+
+
+def test_an_instance_that_arrives_twice_is_kept_once(ledger: Ledger) -> None:
+    assert ledger.add_instance(an_instance()) is Added.NEW
+    assert ledger.add_instance(an_instance()) is Added.DUPLICATE
+    assert ledger.instances("1.2.3") == [an_instance()]
+
+
+def test_other_bytes_under_a_known_uid_are_a_conflict_and_the_first_are_kept(ledger: Ledger) -> None:
+    ledger.add_instance(an_instance())
+    assert ledger.add_instance(an_instance(sha256="f" * 64)) is Added.CONFLICT
+    assert ledger.instances("1.2.3") == [an_instance()]
+
+
+def test_the_same_object_in_another_transfer_syntax_is_a_duplicate(ledger: Ledger) -> None:
+    ledger.add_instance(an_instance())
+    compressed = an_instance(sha256="f" * 64, transfer_syntax_uid="1.2.840.10008.1.2.4.70")
+    assert ledger.add_instance(compressed) is Added.DUPLICATE
+
+
+def test_eight_associations_sending_the_same_instance_leave_one_row(ledger: Ledger) -> None:
+    answers = at_the_same_time(8, lambda _: ledger.add_instance(an_instance()))
+    assert sorted(answer.value for answer in answers) == ["duplicate"] * 7 + ["new"]
+
+
+def test_a_study_waits_until_a_job_covers_all_of_it(ledger: Ledger, clock: Clock) -> None:
+    first, late = an_instance(1), an_instance(2, received_at=clock.now + timedelta(seconds=5))
+    ledger.add_instance(first)
+    ledger.create_job("1.2.3", [first], JobOptions(), "rest")
+    assert ledger.studies_waiting() == []
+    ledger.add_instance(late)
+    [waiting] = ledger.studies_waiting()
+    assert (waiting.study_uid, waiting.instances, waiting.last_received_at) == ("1.2.3", 2, late.received_at)
+
+
+def test_instances_that_were_considered_and_not_chosen_stop_waiting(ledger: Ledger) -> None:
+    chosen, other = an_instance(1), an_instance(2)
+    ledger.add_instance(chosen)
+    ledger.add_instance(other)
+    job, _ = ledger.create_job("1.2.3", [chosen], JobOptions(), "rest", considered=[other])
+    assert ledger.studies_waiting() == []
+    assert ledger.inputs(job.id) == [chosen]
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_input_and_options_give_the_same_job(ledger: Ledger) -> None:
+    one, two = an_instance(1), an_instance(2)
+    for instance in (one, two):
+        ledger.add_instance(instance)
+    job, created = ledger.create_job("1.2.3", [one, two], JobOptions(), "rest")
+    assert created
+    assert ledger.create_job("1.2.3", [two, one], JobOptions(), "dimse:X") == (job, False)
+    assert ledger.create_job("1.2.3", [one, two], JobOptions(engine="linear"), "rest")[1]
+    assert ledger.create_job("1.2.3", [one], JobOptions(), "rest")[1]
+
+
+def test_eight_requests_for_the_same_job_make_one(ledger: Ledger) -> None:
+    instance = an_instance()
+    ledger.add_instance(instance)
+    answers = at_the_same_time(8, lambda _: ledger.create_job("1.2.3", [instance], JobOptions(), "rest"))
+    assert sum(created for _, created in answers) == 1
+    assert len({job.id for job, _ in answers}) == 1
+    assert states(ledger, answers[0][0]) == [State.QUEUED]
+
+
+def test_jobs_are_listed_newest_first_in_pages(ledger: Ledger, clock: Clock) -> None:
+    made = []
+    for number in range(5):
+        made.append(a_job(ledger, number).id)
+        clock.advance(number % 2)  # some share their moment of creation
+    first = ledger.jobs(limit=2)
+    second = ledger.jobs(limit=2, before=first[-1].id)
+    third = ledger.jobs(limit=2, before=second[-1].id)
+    listed = [job.id for job in first + second + third]
+    assert sorted(listed) == sorted(made)
+    assert listed[0] == made[-1]
+    moments = [job.created_at for job in first + second + third]
+    assert moments == sorted(moments, reverse=True)
+
+
+def test_jobs_can_be_listed_by_state_and_study(ledger: Ledger) -> None:
+    job, other = a_job(ledger, 1), a_job(ledger, 2)
+    ledger.cancel(other.id, "operator")
+    assert [found.id for found in ledger.jobs(states=[State.QUEUED])] == [job.id]
+    assert ledger.jobs(study_uid="9.9") == []
+    assert ledger.counts()[State.CANCELLED] == 1
+    assert set(ledger.counts()) == set(State)
+
+
+# --- state changes ----------------------------------------------------------------------------------------------------
+
+
+def test_of_eight_workers_that_claim_a_job_one_wins(ledger: Ledger) -> None:
+    job = a_job(ledger)
+    answers = at_the_same_time(8, lambda number: ledger.claim(job.id, f"worker-{number}", 60))
+    [winner] = [answer for answer in answers if answer]
+    assert (winner.state, winner.attempt) == (State.RUNNING, 1)
+    assert ledger.history(job.id)[-1].actor == winner.worker
+
+
+def test_of_eight_workers_that_claim_a_delivery_one_wins(ledger: Ledger) -> None:
+    job = a_result(ledger, *deliveries("1"))
+    answers = at_the_same_time(8, lambda number: ledger.claim_delivery(job.id, f"worker-{number}", 60))
+    assert sum(answer is not None for answer in answers) == 1
+
+
+def test_a_delivery_whose_worker_died_can_be_claimed_again(ledger: Ledger, clock: Clock) -> None:
+    job = a_result(ledger, *deliveries("1"))
+    first = ledger.claim_delivery(job.id, "dies", 60)
+    clock.advance(61)
+    second = ledger.claim_delivery(job.id, "lives", 60)
+    assert first is not None
+    assert second is not None
+    assert second.attempt == first.attempt + 1
+    done = [State.DELIVERING], State.DELIVERED
+    assert ledger.move(job.id, *done, actor="dies", attempt=first.attempt) is None
+    assert ledger.move(job.id, *done, actor="lives", attempt=second.attempt) is not None
+
+
+@pytest.mark.parametrize(("before", "after"), list(itertools.product(State, State)))
+def test_only_the_table_of_transitions_allows_a_change(before: State, after: State) -> None:
+    with Ledger.open("sqlite://") as ledger:
+        if after in TRANSITIONS[before]:
+            assert ledger.move("no such job", [before], after, actor="test") is None
+        else:
+            with pytest.raises(ValueError, match="no transition"):
+                ledger.move("no such job", [before], after, actor="test")
+
+
+def test_a_result_of_an_older_attempt_changes_nothing(ledger: Ledger, clock: Clock) -> None:
+    job = a_job(ledger)
+    old = ledger.claim(job.id, "slow", 10)
+    assert old is not None
+    clock.advance(11)
+    [expired] = ledger.expired()
+    ledger.move(job.id, [State.RUNNING], State.QUEUED, actor="sweep", attempt=expired.attempt)
+    new = ledger.claim(job.id, "fresh", 10)
+    assert new is not None
+    assert not ledger.heartbeat(job.id, old.attempt, lease_seconds=10)
+    assert ledger.finish(job.id, old.attempt, actor="slow", report={}) is None
+    assert ledger.heartbeat(job.id, new.attempt, Stage.INFER, 0.5, lease_seconds=10)
+    assert ledger.job(job.id) == replace(new, stage=Stage.INFER, progress=0.5)
+
+
+def test_heartbeats_keep_a_lease_alive(ledger: Ledger, clock: Clock) -> None:
+    job = a_job(ledger)
+    ledger.claim(job.id, "worker", 10)
+    clock.advance(9)
+    assert ledger.heartbeat(job.id, 1, lease_seconds=10)
+    clock.advance(9)
+    assert ledger.expired() == []
+    clock.advance(2)
+    assert [expired.id for expired in ledger.expired()] == [job.id]
+
+
+def test_a_worker_learns_at_its_next_heartbeat_that_the_job_was_cancelled(ledger: Ledger) -> None:
+    job = a_job(ledger)
+    ledger.claim(job.id, "worker", 10)
+    cancelled = ledger.cancel(job.id, "operator", "wrong patient position")
+    assert cancelled is not None
+    assert not ledger.heartbeat(job.id, 1, lease_seconds=10)
+    assert ledger.finish(job.id, 1, actor="worker", report={}) is None
+
+
+def test_a_reason_and_its_detail_reach_the_job_and_its_history(ledger: Ledger) -> None:
+    job = a_job(ledger)
+    ledger.claim(job.id, "worker", 10)
+    reason, detail = Reason.UNKNOWN_DOSE, "(0018,1041) missing"
+    moved = ledger.move(
+        job.id, [State.RUNNING], State.NEEDS_REVIEW, actor="worker", reason=reason, detail=detail, attempt=1
+    )
+    assert moved is not None
+    last = ledger.history(job.id)[-1]
+    assert (moved.reason, moved.detail) == (last.reason, last.detail) == (reason, detail)
+    rerun = ledger.rerun(job.id, "operator")
+    assert rerun is not None
+    assert (rerun.reason, rerun.detail) == (None, "")
+
+
+def test_a_rerun_counts_its_tries_afresh_but_never_its_attempts(ledger: Ledger) -> None:
+    job = a_job(ledger)
+    for attempt in (1, 2):
+        claimed = ledger.claim(job.id, "worker", 10)
+        assert claimed is not None
+        assert (claimed.attempt, claimed.tries) == (attempt, attempt)
+        ledger.move(job.id, [State.RUNNING], State.QUEUED, actor="worker", attempt=attempt)
+    ledger.cancel(job.id, "operator")
+    ledger.rerun(job.id, "operator")
+    claimed = ledger.claim(job.id, "worker", 10)
+    assert claimed is not None
+    assert (claimed.attempt, claimed.tries) == (3, 1)
+
+
+# --- results and deliveries -------------------------------------------------------------------------------------------
+
+
+def test_a_result_without_destinations_is_final(ledger: Ledger) -> None:
+    job = a_result(ledger)
+    assert (job.state, job.report, job.progress) == (State.COMPUTED, {"ok": True}, 1.0)
+    assert ledger.due(0) == []
+    assert ledger.resend(job.id, "operator") is None
+
+
+def test_a_result_with_destinations_goes_on_to_delivery_in_one_step(ledger: Ledger) -> None:
+    job = a_result(ledger, *deliveries("1", "2"))
+    assert job.state is State.DELIVERING
+    assert states(ledger, job) == [State.QUEUED, State.RUNNING, State.COMPUTED, State.DELIVERING]
+    assert [found.id for found in ledger.due(60)] == [job.id]
+    assert [row.status for row in ledger.deliveries(job.id)] == [DeliveryStatus.PENDING] * 2
+
+
+def test_what_a_destination_said_is_kept_per_instance(ledger: Ledger) -> None:
+    job = a_result(ledger, *deliveries("1", "2"))
+    ledger.record_delivery(job.id, "pacs", "2.25.1", DeliveryStatus.SENT, dimse_status=0)
+    ledger.record_delivery(job.id, "pacs", "2.25.2", DeliveryStatus.FAILED, dimse_status=0xA900, error="refused")
+    ledger.record_delivery(job.id, "pacs", "2.25.2", DeliveryStatus.FAILED, dimse_status=0xA900, error="refused")
+    sent, failed = ledger.deliveries(job.id)
+    assert (sent.status, sent.dimse_status, sent.attempts) == (DeliveryStatus.SENT, 0, 1)
+    assert (failed.status, failed.dimse_status, failed.attempts) == (DeliveryStatus.FAILED, 0xA900, 2)
+
+
+def test_after_a_failure_only_what_is_missing_is_sent_again(ledger: Ledger) -> None:
+    job = a_result(ledger, *deliveries("1", "2"))
+    claimed = ledger.claim_delivery(job.id, "worker", 60)
+    assert claimed is not None
+    ledger.record_delivery(job.id, "pacs", "2.25.1", DeliveryStatus.SENT, dimse_status=0)
+    ledger.move(job.id, [State.DELIVERING], State.FAILED, actor="worker", reason=Reason.DESTINATION_UNREACHABLE)
+    again = ledger.resend(job.id, "operator")
+    assert again is not None
+    assert (again.state, again.tries) == (State.DELIVERING, 0)
+    assert [row.status for row in ledger.deliveries(job.id)] == [DeliveryStatus.SENT, DeliveryStatus.PENDING]
+
+
+def test_a_delivered_job_can_be_sent_again_in_full_and_elsewhere(ledger: Ledger) -> None:
+    job = a_result(ledger, *deliveries("1"))
+    ledger.record_delivery(job.id, "pacs", "2.25.1", DeliveryStatus.SENT, dimse_status=0)
+    ledger.move(job.id, [State.DELIVERING], State.DELIVERED, actor="worker")
+    assert ledger.resend(job.id, "operator", [Delivery("archive", "2.25.1", "sd", "sd/1.dcm")]) is not None
+    rows = [(row.destination, row.status) for row in ledger.deliveries(job.id)]
+    assert rows == [("archive", DeliveryStatus.PENDING), ("pacs", DeliveryStatus.PENDING)]
+
+
+def test_a_refused_resend_leaves_no_trace(ledger: Ledger) -> None:
+    job = a_job(ledger)
+    assert ledger.resend(job.id, "operator", deliveries("1")) is None
+    assert ledger.deliveries(job.id) == []
+
+
+def test_a_postponed_delivery_is_due_at_its_moment_and_not_before(ledger: Ledger, clock: Clock) -> None:
+    job = a_result(ledger, *deliveries("1"))
+    claimed = ledger.claim_delivery(job.id, "worker", 600)
+    assert claimed is not None
+    later = clock.now + timedelta(seconds=30)
+    postponed = ledger.postpone_delivery(
+        job.id, claimed.attempt, later, Reason.DESTINATION_UNREACHABLE, "connection refused"
+    )
+    assert postponed is not None
+    assert ledger.due(0) == []
+    clock.advance(30)
+    assert [found.id for found in ledger.due(0)] == [job.id]
+
+
+# --- the sweep --------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_whose_message_was_lost_becomes_due_again(ledger: Ledger, clock: Clock) -> None:
+    job = a_job(ledger)
+    assert [found.id for found in ledger.due(60)] == [job.id]
+    ledger.mark_enqueued(job.id)
+    assert ledger.due(60) == []
+    clock.advance(60)
+    assert [found.id for found in ledger.due(60)] == [job.id]
+
+
+def test_a_job_that_backs_off_is_due_at_its_moment(ledger: Ledger, clock: Clock) -> None:
+    job = a_job(ledger)
+    ledger.mark_enqueued(job.id)
+    ledger.claim(job.id, "worker", 10)
+    later = clock.now + timedelta(seconds=20)
+    ledger.move(job.id, [State.RUNNING], State.QUEUED, actor="worker", attempt=1, due_at=later)
+    assert ledger.due(0) == []
+    clock.advance(20)
+    assert [found.id for found in ledger.due(0)] == [job.id]
+
+
+@given(st.datetimes(timezones=st.timezones()))
+def test_moments_come_back_in_utc_whatever_zone_they_came_in(moment: datetime) -> None:
+    with Ledger.open("sqlite://") as ledger:
+        ledger.add_instance(an_instance(received_at=moment))
+        [stored] = ledger.instances("1.2.3")
+    assert stored.received_at == moment
+    assert stored.received_at.utcoffset() == timedelta(0)
+
+
+def test_a_moment_without_a_zone_is_refused() -> None:
+    with Ledger.open("sqlite://") as ledger, pytest.raises(Exception, match="timezone"):
+        ledger.add_instance(an_instance(received_at=datetime(2031, 1, 1)))  # noqa: DTZ001  the point of the test
