@@ -1,0 +1,367 @@
+"""One DICOM file of MR images as planes: a flat header, the stored pixels on demand, and their unit.
+
+Hides the three ways in which MR images are written, classic MR (PS3.3 A.4), Enhanced and Legacy Converted Enhanced MR
+(PS3.3 A.36, A.70: functional groups, C.7.6.16, C.8.13), and the vendors' scalings of stored values. A plane of a
+multi-frame object looks like a classic slice: the attributes of its frame lie flat in `header`, under the keywords of
+classic MR, as the original strings.
+
+Must never decode pixels before their size is bounded, inflate a deflated data set, or put a header value into an error.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from pydicom import dcmread
+from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset, FileDataset
+from pydicom.errors import InvalidDicomError
+from pydicom.filereader import read_file_meta_info
+from pydicom.multival import MultiValue
+from pydicom.pixels.utils import pixel_array
+from pydicom.sequence import Sequence
+from pydicom.uid import (
+    JPEG2000,
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    EnhancedMRImageStorage,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+    LegacyConvertedEnhancedMRImageStorage,
+    MRImageStorage,
+    RLELossless,
+)
+from pydicom.valuerep import VR, format_number_as_ds
+
+from service.core.errors import Permanent, Reason
+
+MR_IMAGE_CLASSES = frozenset({MRImageStorage, EnhancedMRImageStorage, LegacyConvertedEnhancedMRImageStorage})
+TRANSFER_SYNTAXES = frozenset(
+    {
+        ImplicitVRLittleEndian,
+        ExplicitVRLittleEndian,
+        JPEGLossless,
+        JPEGLosslessSV1,
+        JPEGLSLossless,
+        JPEGLSNearLossless,
+        JPEG2000Lossless,
+        JPEG2000,
+        RLELossless,
+    }
+)
+
+_MAX_SIDE = 2048
+_MAX_FRAMES = 4096
+_MAX_BYTES = 2**30
+# What pydicom and the decoders raise on damaged or hostile files. RecursionError: sequences nested without end.
+_DAMAGE = (
+    InvalidDicomError,
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    ArithmeticError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+)
+
+Stored = npt.NDArray[np.integer]
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    """The pixels of one file, decoded when first asked for and then kept."""
+
+    path: Path
+    shape: tuple[int, int, int]  # frames, rows, columns
+    bits_stored: int
+
+    @cached_property
+    def frames(self) -> Stored:
+        """Stored values (frame, row, column); bits above BitsStored are cleared, or hold the sign.
+
+        Raises:
+            Permanent: UNREADABLE_FILE when the decoder fails or gives another size than the header says.
+        """
+        try:
+            array = pixel_array(self.path).reshape(self.shape)
+        except _DAMAGE as error:
+            raise Permanent(Reason.UNREADABLE_FILE, f"pixel data cannot be decoded ({type(error).__name__})") from error
+        unused = array.dtype.itemsize * 8 - self.bits_stored
+        return (array << unused) >> unused if unused else array
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One slice: header without pixels, and unit = stored * unit_per_stored + unit_offset."""
+
+    header: Dataset
+    sop_instance_uid: str
+    frame_number: int | None  # 1-based in a multi-frame object, None in classic MR
+    unit_per_stored: float
+    unit_offset: float
+    unit: str  # "stored", "rescaled" or "Philips FP": only like units can be compared
+    pixels: _Pixels
+
+    @property
+    def stored(self) -> Stored:
+        """Stored values (row, column), integers.
+
+        Raises:
+            Permanent: UNREADABLE_FILE when the pixel data cannot be decoded.
+        """
+        frame: Stored = self.pixels.frames[(self.frame_number or 1) - 1]
+        return frame
+
+    def in_units(self) -> npt.NDArray[np.float32]:
+        """The slice (row, column) in its unit."""
+        return (self.stored * self.unit_per_stored + self.unit_offset).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One file: whom it belongs to, and its planes when it holds MR images."""
+
+    path: Path
+    header: Dataset
+    planes: tuple[Plane, ...]
+
+
+def read_instance(path: Path) -> Instance:
+    """Read one DICOM file without decoding its pixels.
+
+    Raises:
+        Permanent: UNREADABLE_FILE (not DICOM, damaged, required UIDs or pixel data missing), UNSUPPORTED_OBJECT
+            (transfer syntax, size or pixel format), INPUT_LOST (the file is gone).
+    """
+    try:
+        dataset = _parse(path)
+        if dataset.SOPClassUID not in MR_IMAGE_CLASSES:
+            return Instance(path, dataset, ())
+        pixels = _bounded_pixels(dataset, path)
+        del dataset.PixelData
+        return Instance(path, dataset, tuple(_planes(dataset, pixels)))
+    except FileNotFoundError as error:
+        raise Permanent(Reason.INPUT_LOST, "a file of the study is gone") from error
+    except _DAMAGE as error:
+        raise Permanent(Reason.UNREADABLE_FILE, f"a file cannot be parsed ({type(error).__name__})") from error
+
+
+def number(header: Dataset, keyword: str) -> float | None:
+    """The first value of a numeric element as a finite float; None when absent, empty or not a number.
+
+    A decimal comma, which some consoles write, is read as a point.
+    """
+    return next(iter(numbers(header, keyword)), None)
+
+
+def numbers(header: Dataset, keyword: str) -> list[float]:
+    """All values of a numeric element as finite floats; empty when absent or when any of them is not a number."""
+    values = []
+    for text in texts(header, keyword):
+        try:
+            values.append(float(text.replace(",", ".")))
+        except ValueError:
+            return []
+    return values if all(map(math.isfinite, values)) else []
+
+
+def texts(header: Dataset, keyword: str) -> list[str]:
+    """All values of an element as stripped text, empty ones left out."""
+    value = header.get(keyword)
+    several = isinstance(value, MultiValue | list)
+    found = [str(item).strip() for item in (value if several else [value]) if item is not None]
+    return [text for text in found if text]
+
+
+def items(header: Dataset, keyword: str) -> list[Dataset]:
+    """The items of a sequence; empty when the element is absent or is no sequence."""
+    value = header.get(keyword)
+    return list(value) if isinstance(value, Sequence) else []
+
+
+def _parse(path: Path) -> FileDataset:
+    """The whole data set of a Part 10 file; of anything but an MR image only what precedes the pixels."""
+    meta = read_file_meta_info(path)
+    wanted = meta.get("MediaStorageSOPClassUID") in MR_IMAGE_CLASSES
+    syntax = UID(meta.TransferSyntaxUID)
+    if syntax == DeflatedExplicitVRLittleEndian or (wanted and syntax not in TRANSFER_SYNTAXES):
+        # A few deflated kilobytes can become gigabytes: refused before a byte is inflated.
+        raise Permanent(Reason.UNSUPPORTED_OBJECT, f"transfer syntax {syntax.name}")
+    dataset = dcmread(path, stop_before_pixels=not wanted)
+    for keyword in ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID"):
+        if not dataset.get(keyword):
+            raise Permanent(Reason.UNREADABLE_FILE, f"{keyword} is missing")
+    return dataset
+
+
+def _bounded_pixels(dataset: Dataset, path: Path) -> _Pixels:
+    """The pixels of an MR image, refused here when their size or format is not one we decode."""
+    frames = int(number(dataset, "NumberOfFrames") or 1)
+    rows, columns = int(dataset.Rows), int(dataset.Columns)
+    size = frames * rows * columns * dataset.BitsAllocated // 8
+    if not (0 < rows <= _MAX_SIDE and 0 < columns <= _MAX_SIDE and 0 < frames <= _MAX_FRAMES and size <= _MAX_BYTES):
+        raise Permanent(Reason.UNSUPPORTED_OBJECT, f"{frames} frames of {rows} x {columns} pixels")
+    wanted = (dataset.SamplesPerPixel, dataset.PhotometricInterpretation, dataset.HighBit + 1)
+    if wanted != (1, "MONOCHROME2", dataset.BitsStored) or dataset.BitsAllocated not in (8, 16):
+        raise Permanent(Reason.UNSUPPORTED_OBJECT, "pixels are not MONOCHROME2 of 8 or 16 allocated bits")
+    present = len(dataset.get_item("PixelData").value)
+    if not dataset.file_meta.TransferSyntaxUID.is_compressed and present < size:
+        raise Permanent(Reason.UNREADABLE_FILE, f"pixel data has {present} of {size} bytes")
+    return _Pixels(path, (frames, rows, columns), int(dataset.BitsStored))
+
+
+def _planes(dataset: Dataset, pixels: _Pixels) -> Iterator[Plane]:
+    uid = str(dataset.SOPInstanceUID)
+    if dataset.SOPClassUID == MRImageStorage:
+        if pixels.shape[0] != 1:
+            raise Permanent(Reason.UNSUPPORTED_OBJECT, "a classic MR image with several frames")
+        yield Plane(dataset, uid, None, *_scaling(dataset, [dataset]), pixels)
+        return
+    top = [element for element in dataset if not element.is_private and element.keyword not in _FUNCTIONAL_GROUPS]
+    shared = items(dataset, "SharedFunctionalGroupsSequence")
+    frames = items(dataset, "PerFrameFunctionalGroupsSequence")
+    if len(frames) != pixels.shape[0]:
+        raise Permanent(Reason.UNREADABLE_FILE, f"{len(frames)} functional groups for {pixels.shape[0]} frames")
+    for index, frame in enumerate(frames):
+        header = _flat_header(top, [*shared, frame])
+        yield Plane(header, uid, index + 1, *_scaling(header, _philips_items(frame)), pixels)
+
+
+_FUNCTIONAL_GROUPS = frozenset({"SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"})
+
+
+def _flat_header(top: Iterable[DataElement], groups: Iterable[Dataset]) -> Dataset:
+    """The attributes of one frame under the keywords of classic MR; the frame outranks the object."""
+    header = Dataset()
+    for element in top:
+        header[element.tag] = element
+    for group in groups:
+        for macro in group:
+            if macro.VR == VR.SQ and not macro.is_private:
+                header[macro.tag] = macro
+                for element in macro.value[0] if macro.value else ():
+                    if not element.is_private:
+                        header[element.tag] = element
+    _name_as_classic(header)
+    return header
+
+
+def _name_as_classic(header: Dataset) -> None:
+    """Add the classic keyword beside each Enhanced MR attribute that says the same (PS3.3 C.8.13 and C.8.3.1)."""
+    for classic, enhanced in (("EchoTime", "EffectiveEchoTime"), ("ImagingFrequency", "TransmitterFrequency")):
+        _set_ds(header, classic, number(header, enhanced))
+    _set_ds(header, "InversionTime", number(header, "InversionTimes"))
+    for classic, enhanced in (("ImageType", "FrameType"), ("ImagedNucleus", "ResonantNucleus")):
+        if texts(header, enhanced):
+            setattr(header, classic, texts(header, enhanced))
+    if texts(header, "EchoPulseSequence") and not texts(header, "ScanningSequence"):
+        header.ScanningSequence, header.SequenceVariant = _scanning_sequence(header)
+    moment = next(iter(texts(header, "FrameAcquisitionDateTime") or texts(header, "AcquisitionDateTime")), "")
+    if len(moment) >= 14:
+        clock = re.split(r"[+-]", moment)[0]  # the offset from UTC is a suffix
+        header.AcquisitionDate, header.AcquisitionTime = clock[:8], clock[8:]
+    _name_contrast_as_classic(header)
+
+
+def _scanning_sequence(header: Dataset) -> tuple[list[str], list[str]]:
+    """ScanningSequence and SequenceVariant from the MR Pulse Sequence and MR Modifier attributes."""
+
+    def says(keyword: str, *values: str) -> bool:
+        return bool(set(texts(header, keyword)) & set(values))
+
+    inverted = says("InversionRecovery", "YES")
+    scanning = {
+        "SE": says("EchoPulseSequence", "SPIN", "BOTH"),
+        "GR": says("EchoPulseSequence", "GRADIENT", "BOTH"),
+        "IR": inverted,
+        "EP": says("EchoPlanarPulseSequence", "YES"),
+    }
+    variant = {
+        "SP": says("Spoiling", "RF", "GRADIENT", "RF_AND_GRADIENT"),
+        "MP": inverted and scanning["GR"],
+        "SS": bool(texts(header, "SteadyStatePulseSequence")) and not says("SteadyStatePulseSequence", "NONE"),
+    }
+    return [name for name, is_so in scanning.items() if is_so], [name for name, is_so in variant.items() if is_so] or [
+        "NONE"
+    ]
+
+
+def _name_contrast_as_classic(header: Dataset) -> None:
+    """Contrast/Bolus attributes of classic MR from the Enhanced Contrast/Bolus items (PS3.3 C.7.6.4b)."""
+    agents = items(header, "ContrastBolusAgentSequence")
+    if not agents or "ContrastBolusAgent" in header:
+        return
+    header.ContrastBolusAgent = " + ".join(text for agent in agents for text in texts(agent, "CodeMeaning"))[:64]
+    volumes = [number(agent, "ContrastBolusVolume") for agent in agents]
+    known = [volume for volume in volumes if volume is not None]
+    if known and len(known) == len(agents):
+        _set_ds(header, "ContrastBolusVolume", sum(known))
+    if len(agents) == 1:
+        _set_ds(
+            header, "ContrastBolusIngredientConcentration", number(agents[0], "ContrastBolusIngredientConcentration")
+        )
+
+
+def _set_ds(header: Dataset, keyword: str, value: float | None) -> None:
+    if value is not None:
+        setattr(header, keyword, format_number_as_ds(value))
+
+
+def _scaling(header: Dataset, private: Iterable[Dataset]) -> tuple[float, float, str]:
+    """(unit_per_stored, unit_offset, unit) of a plane.
+
+    Philips writes stored values SV that only its private scale slope SS makes comparable between series:
+    FP = (SV * RS + RI) / (RS * SS) with RescaleSlope RS and RescaleIntercept RI. RS and RI alone are for display.
+
+    Raises:
+        Permanent: UNSUPPORTED_OBJECT when a slope is zero.
+    """
+    slope = number(header, "RescaleSlope")
+    intercept = number(header, "RescaleIntercept") or 0.0
+    scale_slopes = [value for item in private if (value := _philips_scale_slope(item)) is not None]
+    if slope == 0 or 0 in scale_slopes:
+        raise Permanent(Reason.UNSUPPORTED_OBJECT, "a rescale slope is zero")
+    if scale_slopes:
+        return 1 / scale_slopes[0], intercept / ((slope or 1.0) * scale_slopes[0]), "Philips FP"
+    return slope or 1.0, intercept, "rescaled"
+
+
+_PHILIPS_SCALING = (0x2005, "Philips MR Imaging DD 001", 0x0E)
+_PHILIPS_FRAME = (0x2005, "Philips MR Imaging DD 005", 0x0F)
+
+
+def _philips_items(frame: Dataset) -> list[Dataset]:
+    """The private item of a frame that repeats the classic header; of it, only the scale slope is to be trusted."""
+    value = _private(frame, *_PHILIPS_FRAME)
+    return list(value) if isinstance(value, Sequence) else []
+
+
+def _philips_scale_slope(item: Dataset) -> float | None:
+    value = _private(item, *_PHILIPS_SCALING)
+    if isinstance(value, bytes) and len(value) == 4:  # kept as UN by a system in between
+        value = struct.unpack("<f", value)[0]
+    return float(value) if isinstance(value, float) and math.isfinite(value) else None
+
+
+def _private(dataset: Dataset, group: int, creator: str, offset: int) -> object:
+    try:
+        return dataset.private_block(group, creator)[offset].value
+    except KeyError:
+        return None

@@ -1,0 +1,268 @@
+"""A study: files become series, and series become volumes.
+
+Hides grouping, the order of slices and what makes a series one regular volume (PS3.3 C.7.6.2.1.1). Must never let
+through what is not one study of one patient, or images that lowgad made.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from pydicom.dataset import Dataset
+
+from models.volume import Volume
+from service.core.errors import Permanent, Reason
+from worker.planes import Instance, Plane, number, numbers, read_instance, texts
+
+PRODUCT_NAME = "lowgad"
+
+_DISTANCE_TOLERANCE = 0.05  # of the distance between slices; scanners round positions to 0.001..0.05 mm
+MIN_SLICES = 3
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a series is not one whole regular volume."""
+
+    reason: Reason
+    detail: str
+
+
+@dataclass(frozen=True)
+class Series:
+    """Planes in ascending order along cross(row, column), so that the affine of the volume is right-handed."""
+
+    series_uid: str
+    planes: tuple[Plane, ...]
+    fault: Fault | None = None
+
+    @property
+    def header(self) -> Dataset:
+        """The header of the first plane."""
+        return self.planes[0].header
+
+    @property
+    def unit(self) -> str:
+        """What the voxels count: see `Plane.unit`."""
+        return self.planes[0].unit
+
+    @property
+    def label(self) -> str:
+        """How messages name the series: by its number, which identifies nobody."""
+        return f"series {int(number(self.header, 'SeriesNumber') or 0)}"
+
+    def volume(self) -> Volume:
+        """Voxels (k, j, i) in the planes' unit, and the affine to LPS mm (PS3.3 C.7.6.2.1.1, equation C.7.6.2.1-1).
+
+        Raises:
+            Permanent: the series' fault; UNREADABLE_FILE when pixel data cannot be decoded.
+        """
+        self.refuse_fault()
+        voxels = np.stack([plane.in_units() for plane in self.planes])
+        return Volume(voxels, _affine([plane.header for plane in self.planes]))
+
+    def refuse_fault(self) -> None:
+        """Raise the fault of this series, if it has one, as Permanent."""
+        if self.fault:
+            raise Permanent(self.fault.reason, f"{self.label}: {self.fault.detail}")
+
+
+@dataclass(frozen=True)
+class Study:
+    """The MR series of one study of one patient, by series number, and what else lay beside them."""
+
+    study_uid: str
+    series: tuple[Series, ...]
+    ignored: tuple[str, ...] = ()
+
+
+def find_files(folder: Path) -> list[Path]:
+    """The files under `folder` that may be DICOM instances, sorted by name.
+
+    A file counts when it has the DICM prefix or a name as if it should (.dcm, .dicom, .ima, no suffix), so that a
+    damaged image is refused instead of overlooked. Hidden files, DICOMDIR and files of other kinds are left out.
+    """
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in files if _may_be_image(path.relative_to(folder)) and _is_candidate(path))
+
+
+def _may_be_image(inside: Path) -> bool:
+    hidden = any(part.startswith(".") for part in inside.parts)
+    return not hidden and inside.name.upper() not in {"DICOMDIR", "LICENSE", "LOCKFILE", "README", "VERSION"}
+
+
+def _is_candidate(path: Path) -> bool:
+    if path.suffix.lower() in {"", ".dcm", ".dicom", ".ima"} or path.suffix[1:].isdigit():
+        return True
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def read_study(paths: Iterable[Path], progress: Callable[[int, int], None] | None = None) -> Study:
+    """Read all files of one study. Pixels are decoded later, when a volume is asked for.
+
+    Args:
+        paths: the instances, in any order; every one must be readable.
+        progress: called with (files read, files in all).
+
+    Raises:
+        Permanent: EMPTY_UPLOAD, UNREADABLE_FILE, UNSUPPORTED_OBJECT, TWO_PATIENTS, TWO_STUDIES, OWN_OUTPUT, NOT_MR.
+            A series that is not one whole volume is kept, with its fault, until it is needed.
+    """
+    all_paths = list(paths)
+    if not all_paths:
+        raise Permanent(Reason.EMPTY_UPLOAD)
+    instances = []
+    for count, path in enumerate(all_paths, start=1):
+        instances.append(read_instance(path))
+        if progress:
+            progress(count, len(all_paths))
+    _refuse_mixture(instances)
+    _refuse_own_output(instances)
+    images = [instance for instance in _without_copies(instances) if instance.planes]
+    if not images:
+        raise Permanent(Reason.NOT_MR, "; ".join(_others(instances)))
+    series = sorted(_grouped(images), key=lambda one: (number(one.header, "SeriesNumber") or 0, one.series_uid))
+    return Study(str(images[0].header.StudyInstanceUID), tuple(series), tuple(_others(instances)))
+
+
+def _refuse_mixture(instances: Sequence[Instance]) -> None:
+    """Refuse two patients or two studies; a patient is told apart by ID, issuer, name and birth date."""
+    for keyword in ("PatientID", "IssuerOfPatientID", "PatientName", "PatientBirthDate"):
+        found = {_plain(text) for instance in instances for text in texts(instance.header, keyword)} - {""}
+        if len(found) > 1:
+            raise Permanent(Reason.TWO_PATIENTS, f"{len(found)} different values of {keyword}")
+    studies = {str(instance.header.get("StudyInstanceUID", "")) for instance in instances} - {""}
+    if len(studies) > 1:
+        raise Permanent(Reason.TWO_STUDIES, f"{len(studies)} different values of StudyInstanceUID")
+
+
+def _plain(text: str) -> str:
+    """A patient attribute without what differs between writers: case, blanks, empty name parts, other scripts."""
+    return re.sub(r"[\s^]+", " ", text.split("=", maxsplit=1)[0]).strip().casefold()
+
+
+def _refuse_own_output(instances: Sequence[Instance]) -> None:
+    for instance in instances:
+        makers = texts(instance.header, "Manufacturer") + texts(instance.header, "ManufacturerModelName")
+        if texts(instance.header, "SyntheticData") == ["YES"] or PRODUCT_NAME in map(str.casefold, makers):
+            raise Permanent(Reason.OWN_OUTPUT, "SyntheticData is YES or the manufacturer is this product")
+
+
+def _without_copies(instances: Sequence[Instance]) -> list[Instance]:
+    """Every SOP instance once.
+
+    Raises:
+        Permanent: IRREGULAR_GEOMETRY when two different objects claim the same SOP Instance UID.
+    """
+    first: dict[str, Instance] = {}
+    for instance in instances:
+        known = first.setdefault(str(instance.header.SOPInstanceUID), instance)
+        if known is not instance and known.path.read_bytes() != instance.path.read_bytes():
+            raise Permanent(Reason.IRREGULAR_GEOMETRY, "two different objects have the same SOP Instance UID")
+    return list(first.values())
+
+
+def _others(instances: Sequence[Instance]) -> list[str]:
+    counts = Counter(instance.header.SOPClassUID.name for instance in instances if not instance.planes)
+    return [f"{count} x {name}" for name, count in sorted(counts.items())]
+
+
+def _grouped(instances: Sequence[Instance]) -> Iterable[Series]:
+    groups: dict[str, list[Plane]] = defaultdict(list)
+    for instance in instances:
+        groups[str(instance.header.SeriesInstanceUID)] += instance.planes
+    for series_uid, planes in groups.items():
+        yield _series(series_uid, planes)
+
+
+def _series(series_uid: str, planes: list[Plane]) -> Series:
+    """Sort the planes along their normal and say what keeps them from being one regular volume."""
+    fault = _unlike_planes(planes)
+    if fault:
+        return Series(series_uid, tuple(planes), fault)
+    row, column = axes(planes[0].header)
+    normal = np.cross(row, column)
+    positions = np.array([numbers(plane.header, "ImagePositionPatient") for plane in planes])
+    order = np.argsort(positions @ normal, kind="stable")
+    return Series(series_uid, tuple(planes[n] for n in order), _uneven(planes[0].header, positions[order], normal))
+
+
+def _unlike_planes(planes: Sequence[Plane]) -> Fault | None:
+    """Planes without position, or that differ in what all planes of a volume share."""
+    headers = [plane.header for plane in planes]
+    sizes = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}
+    for keyword, size in sizes.items():
+        missing = sum(len(numbers(header, keyword)) != size for header in headers)
+        if missing:
+            return Fault(Reason.IRREGULAR_GEOMETRY, f"{missing} of {len(planes)} slices have no {keyword}")
+    if len({plane.unit for plane in planes}) > 1:
+        return Fault(Reason.IRREGULAR_GEOMETRY, "slices are scaled in different ways")
+    for keyword, tolerance in (("Rows", 0), ("Columns", 0), ("PixelSpacing", 1e-3), ("ImageOrientationPatient", 1e-3)):
+        values = np.array([numbers(header, keyword) for header in headers])
+        if np.ptp(values, axis=0).max() > tolerance:
+            return Fault(Reason.IRREGULAR_GEOMETRY, f"slices differ in {keyword}")
+    row, column = axes(headers[0])
+    lengths = np.abs([row @ row - 1, column @ column - 1, row @ column])
+    if lengths.max() > 1e-2 or min(numbers(headers[0], "PixelSpacing")) <= 0:
+        return Fault(Reason.IRREGULAR_GEOMETRY, "ImageOrientationPatient or PixelSpacing is impossible")
+    return None
+
+
+def _uneven(header: Dataset, positions: npt.NDArray[np.float64], normal: npt.NDArray[np.float64]) -> Fault | None:
+    """Doubled, missing or unevenly placed slices among sorted positions (slice, xyz)."""
+    if len(positions) < MIN_SLICES:
+        return Fault(Reason.MISSING_SLICES, f"only {len(positions)} slices")
+    distances = np.diff(positions @ normal)
+    step = float(np.median(distances))
+    doubled = int((distances < _DISTANCE_TOLERANCE * max(step, 1e-3)).sum())
+    if doubled:
+        return Fault(Reason.IRREGULAR_GEOMETRY, f"{doubled} slices lie where another one lies")
+    steps = np.rint(distances / step)
+    absent = int((steps - 1).clip(0).sum())
+    if absent:
+        return Fault(Reason.MISSING_SLICES, f"{absent} slices missing between {len(positions)} present")
+    ideal = positions[0] + np.linspace(0, 1, len(positions))[:, None] * (positions[-1] - positions[0])
+    sheared = np.linalg.norm(np.cross(positions[-1] - positions[0], normal)) > 0.01 * distances.sum()
+    if sheared or np.linalg.norm(positions - ideal, axis=1).max() > _DISTANCE_TOLERANCE * step:
+        return Fault(Reason.IRREGULAR_GEOMETRY, "slices are not evenly spaced along their normal")
+    return _every_other_missing(header, step)
+
+
+def _every_other_missing(header: Dataset, step_mm: float) -> Fault | None:
+    """A regular series that is a multiple of its stated distance apart, with more than half a slice between slices.
+
+    Both signs are wanted, because some scanners write the gap alone as SpacingBetweenSlices.
+    """
+    stated, thickness = number(header, "SpacingBetweenSlices"), number(header, "SliceThickness")
+    if not stated or not thickness or stated <= 0:
+        return None
+    ratio = step_mm / stated
+    if round(ratio) >= 2 and abs(ratio - round(ratio)) < _DISTANCE_TOLERANCE and step_mm > 1.5 * thickness:
+        return Fault(Reason.MISSING_SLICES, f"only every {round(ratio)}. slice is present")
+    return None
+
+
+def axes(header: Dataset) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Direction cosines of a row (increasing column index) and of a column (increasing row index)."""
+    cosines = np.array(numbers(header, "ImageOrientationPatient"))
+    return cosines[:3], cosines[3:]
+
+
+def _affine(headers: Sequence[Dataset]) -> npt.NDArray[np.float64]:
+    """The 4x4 matrix from (i, j, k, 1) = (column, row, slice) to LPS mm."""
+    row, column = axes(headers[0])
+    between_rows, between_columns = numbers(headers[0], "PixelSpacing")
+    first, last = (np.array(numbers(headers[n], "ImagePositionPatient")) for n in (0, -1))
+    affine = np.eye(4)
+    affine[:3, 0] = row * between_columns
+    affine[:3, 1] = column * between_rows
+    affine[:3, 2] = (last - first) / (len(headers) - 1)
+    affine[:3, 3] = first
+    return affine
