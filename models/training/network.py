@@ -1,0 +1,136 @@
+"""The conditional residual 3-D U-Net with its bounded output.
+
+Hides the architecture. The output is a fraction of an upper bound that the graph itself computes from the measured
+subtraction, so that whatever the weights are: 0 <= y <= G(dose) * max(z, z smoothed at three scales, 0),
+G(dose) = 1.5 / dose fraction.
+No layer's statistics depend on the size of the input, so tiles and the whole volume agree. Must never use information
+outside its two inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models.condition import DOSE_INDEX, DOSE_KNOWN_INDEX, NAMES
+
+HEADROOM = 1.5  # amplification beyond 1/dose that the bound allows: it has to be looser than the prediction
+UNKNOWN_DOSE_FRACTION = 0.33  # of the bound where the dose is not known
+CHANNELS = ("subtraction", "pre", "sigma_map")
+STRIDE = 4  # volumes are padded to a multiple of this
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Width per level (full, half, quarter resolution) and residual blocks per level."""
+
+    widths: tuple[int, int, int] = (12, 24, 48)
+    blocks: tuple[int, int, int] = (1, 1, 2)
+    embedding: int = 48
+
+
+VARIANTS = {"small": Architecture(), "base": Architecture((24, 48, 96), (2, 2, 3), 96)}
+
+
+class Block(nn.Module):
+    """Two 3x3x3 convolutions around a feature-wise scale and shift by the embedding, plus the input."""
+
+    def __init__(self, width: int, embedding: int) -> None:
+        super().__init__()
+        self.first = nn.Conv3d(width, width, 3, padding=1)
+        self.second = nn.Conv3d(width, width, 3, padding=1)
+        self.modulate = nn.Linear(embedding, 2 * width)
+        nn.init.zeros_(self.second.weight)
+        nn.init.zeros_(self.modulate.weight)
+        nn.init.zeros_(self.modulate.bias)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """(n, c, k, j, i) and (n, e) to (n, c, k, j, i)."""
+        scale, shift = self.modulate(embedding)[:, :, None, None, None].chunk(2, dim=1)
+        hidden = functional.silu(self.first(x) * (1 + scale) + shift)
+        return x + self.second(hidden)
+
+
+class Network(nn.Module):
+    """Contrast signal from the subtraction image, the pre-contrast image, local noise and the acquisition."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        a, b, c = architecture.widths
+        e = architecture.embedding
+        self.embed = nn.Sequential(nn.Linear(len(NAMES), e), nn.SiLU(), nn.Linear(e, e), nn.SiLU())
+        self.stem = nn.Conv3d(7, a, 3, padding=1)
+        self.down_1, self.down_2 = nn.Conv3d(a, b, 2, stride=2), nn.Conv3d(b, c, 2, stride=2)
+        self.up_2, self.up_1 = nn.ConvTranspose3d(c, b, 2, stride=2), nn.ConvTranspose3d(b, a, 2, stride=2)
+        self.enter = nn.ModuleList([nn.ModuleList(Block(w, e) for _ in range(n)) for w, n in _levels(architecture)])
+        self.leave = nn.ModuleList([nn.ModuleList(Block(w, e) for _ in range(n)) for w, n in _levels(architecture)[:2]])
+        self.head = nn.Conv3d(a, 8, 3, padding=1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        kernel = torch.tensor([0.25, 0.5, 0.25])
+        self.register_buffer("binomial", (kernel[:, None, None] * kernel[:, None] * kernel)[None, None], persistent=False)
+
+    def forward(self, images: Tensor, condition: Tensor) -> Tensor:
+        """Predict.
+
+        Args:
+            images: (n, 3, k, j, i): subtraction, pre-contrast, local noise; white matter = 1; sides multiples of 4.
+            condition: (n, len(NAMES)) from models.condition.vector.
+
+        Returns:
+            (n, 1, k, j, i) contrast signal of the standard dose, within the bound.
+        """
+        return self.clamp(*self.unbounded(images, condition))
+
+    @staticmethod
+    def clamp(raw: Tensor, bound: Tensor) -> Tensor:
+        """The bound, by construction: min(raw, bound) of two non-negative numbers."""
+        return torch.minimum(raw, bound)
+
+    def unbounded(self, images: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """The prediction before the bound, and the bound; both (n, 1, k, j, i) and non-negative."""
+        dose = dose_fraction(condition)[:, None, None, None, None]
+        z, pre, noise = images[:, 0:1], images[:, 1:2], images[:, 2:3]
+        once = self._blur(z, 1)
+        twice = self._blur(once, 1)
+        wide = self._blur(twice, 2)
+        measured = torch.cat([z, once, twice, wide], 1)
+        bound = HEADROOM / dose * functional.relu(measured.amax(1, keepdim=True))
+        amplified = measured / dose
+        seen = torch.cat([torch.tanh(amplified / 2) * 2, pre, 5 * noise, noise / dose], 1)
+        out = self.head(self._body(seen, self.embed(condition)))
+        linear = (torch.softmax(out[:, 0:4], 1) * amplified).sum(1, keepdim=True)
+        share, gain, own, gate = out[:, 4:5], out[:, 5:6], out[:, 6:7], out[:, 7:8]
+        level = torch.sigmoid(share + 2) * linear * torch.exp(0.5 * torch.tanh(gain)) + own
+        return torch.sigmoid(gate + 2) * functional.relu(level), bound
+
+    def _body(self, seen: Tensor, embedding: Tensor) -> Tensor:
+        full = self._run(self.enter[0], self.stem(seen), embedding)
+        half = self._run(self.enter[1], self.down_1(full), embedding)
+        quarter = self._run(self.enter[2], self.down_2(half), embedding)
+        half = self._run(self.leave[1], half + self.up_2(quarter), embedding)
+        return self._run(self.leave[0], full + self.up_1(half), embedding)
+
+    @staticmethod
+    def _run(blocks: nn.Module, x: Tensor, embedding: Tensor) -> Tensor:
+        for block in blocks:  # type: ignore[attr-defined]
+            x = block(x, embedding)
+        return functional.silu(x)
+
+    def _blur(self, z: Tensor, dilation: int) -> Tensor:
+        """3x3x3 binomial with its taps `dilation` voxels apart, edges replicated."""
+        padded = functional.pad(z, (dilation,) * 6, mode="replicate")
+        return functional.conv3d(padded, self.binomial, dilation=dilation)  # type: ignore[arg-type]
+
+
+def _levels(architecture: Architecture) -> list[tuple[int, int]]:
+    return list(zip(architecture.widths, architecture.blocks, strict=True))
+
+
+def dose_fraction(condition: Tensor) -> Tensor:
+    """(n,): the dose fraction in the condition, or the assumed one of the bound where it is unknown."""
+    known = condition[:, DOSE_KNOWN_INDEX]
+    return known * torch.exp(condition[:, DOSE_INDEX]) + (1 - known) * UNKNOWN_DOSE_FRACTION

@@ -1,0 +1,120 @@
+"""Simulated studies as the network sees them: phantom, then exactly the preprocessing of inference.
+
+Hides where training examples come from and how they are varied. Registration and brain finding are skipped (the phantom is
+aligned up to its residual error and knows its brain); gain, subtraction and noise go through `models.preprocess.compare`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from models.condition import NAMES, Conditions, vector
+from models.preprocess import SCALE_QUANTILE, compare
+from models.training.phantom import Phantom, Scenario, make_phantom
+from models.volume import Array
+
+Half = npt.NDArray[np.float16]
+DROP = 0.15  # chance that a header value is unknown in training
+_SPACING = NAMES.index("log_spacing_i")
+_DROPPED = (  # what disappears together
+    ("field", "field_known"),
+    ("log_dose_fraction", "dose_known"),
+    ("log_effective_dose", "relaxivity", "agent_known"),
+    ("sequence_spgr", "sequence_mprage", "sequence_se"),
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One block: images (3, k, j, i) as the network takes them, truth and region (k, j, i), condition vector."""
+
+    images: Half  # subtraction, pre, sigma map
+    truth: Half  # contrast enhancement of the standard dose, white matter = 1
+    brain: npt.NDArray[np.bool_]
+    labels: npt.NDArray[np.int16]
+    diameters_mm: tuple[float, ...]
+    condition: Array
+    scenario: Scenario
+
+
+def make_sample(seed: int, **options: object) -> Sample | None:
+    """Simulate a block (see `make_phantom` for `options`); None where it holds too little brain to measure a gain."""
+    phantom = make_phantom(seed, **options)  # type: ignore[arg-type]
+    if phantom.brain.mean() < 0.03:
+        return None
+    return sample_of(phantom)
+
+
+def sample_of(phantom: Phantom) -> Sample:
+    """What preprocessing makes of a phantom."""
+    brain, scenario = phantom.brain, phantom.scenario
+    scale = float(np.quantile(phantom.pre[brain], SCALE_QUANTILE))
+    pre = phantom.pre / scale
+    low = phantom.low / float(np.quantile(phantom.low[brain], SCALE_QUANTILE))
+    seen = compare(pre, low, brain, scenario.spacing_mm)
+    condition = Conditions(
+        field_strength_t=scenario.field_strength_t,
+        agent=scenario.agent.name,
+        dose_mmol_per_kg=scenario.dose_mmol_per_kg,
+        sequence=scenario.sequence.kind,
+        sigma=seen.sigma,
+        spacing_mm=scenario.spacing_mm,
+    )
+    return Sample(
+        np.stack([seen.subtraction, pre, seen.sigma_map]).astype(np.float16),
+        np.maximum(phantom.enhancement / scale, 0).astype(np.float16),
+        brain,
+        phantom.lesion_labels.astype(np.int16),
+        phantom.lesion_diameters_mm,
+        vector(condition),
+        scenario,
+    )
+
+
+def stream(first_seed: int, workers: int) -> Iterator[Sample]:
+    """Samples of ascending seeds, simulated in other processes; the order does not depend on their speed."""
+    with mp.get_context("spawn").Pool(workers) as pool:
+        seed = first_seed
+        pending = [pool.apply_async(make_sample, (seed + n,)) for n in range(4 * workers)]
+        seed += len(pending)
+        while True:
+            sample = pending.pop(0).get()
+            pending.append(pool.apply_async(make_sample, (seed,)))
+            seed += 1
+            if sample is not None:
+                yield sample
+
+
+def draw_patch(sample: Sample, size: int, rng: np.random.Generator) -> tuple[Array, Array, Array, Array]:
+    """A randomly placed, turned and flipped patch.
+
+    Returns:
+        images (3, size, size, size), truth and brain (1, size, size, size), condition with random gaps.
+    """
+    centre = _centre(sample, rng)
+    start = [int(np.clip(c - size // 2, 0, n - size)) for c, n in zip(centre, sample.brain.shape, strict=True)]
+    box = tuple(slice(s, s + size) for s in start)
+    stack = np.concatenate([sample.images[:, *box], sample.truth[None, *box], sample.brain[None, *box]])
+    order = rng.permutation(3)
+    stack = stack.astype(np.float32).transpose(0, *(order + 1))
+    stack = np.flip(stack, [axis + 1 for axis in range(3) if rng.uniform() < 0.5])
+    condition = sample.condition.copy()
+    spacing_kji = condition[_SPACING : _SPACING + 3][::-1]
+    condition[_SPACING : _SPACING + 3] = spacing_kji[order][::-1]
+    for group in _DROPPED:
+        if rng.uniform() < DROP:
+            condition[[NAMES.index(name) for name in group]] = 0
+    return stack[:3], stack[3:4], stack[4:5], condition
+
+
+def _centre(sample: Sample, rng: np.random.Generator) -> npt.NDArray[np.intp]:
+    """Half of the patches at enhancement, half anywhere in the brain."""
+    where = np.flatnonzero(sample.truth > 0.05) if rng.uniform() < 0.5 else np.flatnonzero(sample.brain)
+    if where.size == 0:
+        where = np.flatnonzero(sample.brain)
+    return np.array(np.unravel_index(where[rng.integers(where.size)], sample.brain.shape)) + rng.integers(-8, 9, 3)
