@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import redis
+
+from service.core.queue import enqueue_deliver, enqueue_process, is_reachable, make_celery
+from service.core.settings import Settings
+from tests.peers import free_port, wait_until
+
+# A worker as small as can be: it writes down which job ids it was given.
+WORKER = """
+    import sys
+    from pathlib import Path
+    from service.core.queue import make_celery
+    from service.core.settings import Settings
+
+    data_dir, broker_url, notes, names = sys.argv[1:]
+    app = make_celery(Settings(data_dir=Path(data_dir), broker_url=broker_url))
+
+    def note(task, job_id):
+        with open(notes, "a") as file:
+            file.write(f"{task} {job_id}\\n")
+
+    @app.task(name="process")
+    def process(job_id):
+        note("process", job_id)
+
+    @app.task(name="deliver")
+    def deliver(job_id):
+        note("deliver", job_id)
+
+    app.worker_main(["worker", "-P", "solo", "-Q", names, "--without-gossip", "--without-mingle", "-l", "ERROR"])
+"""
+
+
+@pytest.fixture
+def redis_url(tmp_path: Path) -> Iterator[str]:
+    if shutil.which("redis-server") is None:
+        pytest.skip("redis-server is not installed")
+    port = free_port()
+    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+    def answers() -> bool:
+        try:
+            with redis.Redis(port=port) as client:
+                return bool(client.ping())
+        except redis.ConnectionError:
+            return False
+
+    wait_until(answers, what="Redis")
+    yield f"redis://127.0.0.1:{port}/0"
+    process.terminate()
+    process.wait()
+
+
+@pytest.fixture(params=["embedded", "redis"])
+def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
+    url = "embedded" if request.param == "embedded" else request.getfixturevalue("redis_url")
+    return Settings(data_dir=tmp_path / "var", broker_url=url)
+
+
+@contextmanager
+def worker(settings: Settings, notes: Path, queues: str) -> Iterator[subprocess.Popen[bytes]]:
+    arguments = [str(settings.data_dir), settings.broker_url, str(notes), queues]
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(WORKER), *arguments])
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def read(notes: Path) -> list[str]:
+    return notes.read_text().splitlines() if notes.exists() else []
+
+
+def test_messages_reach_the_worker_of_their_queue_once_and_in_order(settings: Settings, tmp_path: Path) -> None:
+    app, computed, sent = make_celery(settings), tmp_path / "computed", tmp_path / "sent"
+    assert all(enqueue_process(app, f"job{number}") for number in range(5))
+    assert enqueue_deliver(app, "job9")
+    with worker(settings, computed, "process"), worker(settings, sent, "deliver"):
+        wait_until(lambda: len(read(computed)) == 5 and len(read(sent)) == 1, what="six messages")
+    assert read(computed) == [f"process job{number}" for number in range(5)]
+    assert read(sent) == ["deliver job9"]
+
+
+def test_two_workers_on_one_queue_share_the_messages(settings: Settings, tmp_path: Path) -> None:
+    app, notes = make_celery(settings), tmp_path / "notes"
+    with worker(settings, notes, "process"), worker(settings, notes, "process"):
+        for number in range(40):
+            enqueue_process(app, f"job{number:02}")
+        wait_until(lambda: len(read(notes)) >= 40, what="forty messages")
+    assert sorted(read(notes)) == [f"process job{number:02}" for number in range(40)]
+
+
+def test_a_broker_that_is_away_is_reported_and_raises_nothing() -> None:
+    app = make_celery(Settings(broker_url=f"redis://127.0.0.1:{free_port()}/0"))
+    assert not is_reachable(app)
+    assert not enqueue_process(app, "job")
+
+
+def test_a_broker_that_answers_is_reachable(settings: Settings) -> None:
+    assert is_reachable(make_celery(settings))
+
+
+def test_a_message_carries_the_id_of_a_job_and_nothing_else(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path)
+    enqueue_process(make_celery(settings), "0123456789abcdef")
+    [message] = settings.broker_dir.glob("*.msg")
+    headers = json.loads(message.read_text())["headers"]
+    assert headers["argsrepr"] == "['0123456789abcdef']"
+    assert headers["kwargsrepr"] == "{}"
