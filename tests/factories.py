@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydicom.datadict import dictionary_VR, tag_for_keyword
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import (
@@ -368,9 +370,18 @@ def _set_pixels(dataset: Dataset, signal: npt.NDArray[np.float64], vendor: str, 
 def _apply(dataset: Dataset, changes: Mapping[str, Any]) -> None:
     for keyword, value in changes.items():
         if value is not None:
-            setattr(dataset, keyword, value)
+            _set(dataset, keyword, value)
         elif keyword in dataset:
             delattr(dataset, keyword)
+
+
+def _set(dataset: Dataset, keyword: str, value: Any) -> None:
+    """Set an element, also to text that its value representation forbids: consoles write such things."""
+    try:
+        setattr(dataset, keyword, value)
+    except ValueError:
+        tag = tag_for_keyword(keyword)
+        dataset.add(DataElement(tag, dictionary_VR(tag), value, already_converted=True))
 
 
 def _code(value: str, scheme: str, meaning: str) -> Dataset:
