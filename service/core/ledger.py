@@ -34,6 +34,7 @@ from sqlalchemy import (
     Table,
     and_,
     create_engine,
+    delete,
     event,
     exists,
     func,
@@ -394,6 +395,8 @@ class Ledger:
         values = {"report": report, "progress": 1.0, "lease_until": None, "tries": 0, "enqueued_at": None}
         with self._engine.begin() as connection:
             row = self._swap(connection, job_id, [State.RUNNING], State.COMPUTED, values, actor=actor, attempt=attempt)
+            if row:  # what an earlier run made is replaced as a whole, also by a model that gives it other UIDs
+                connection.execute(delete(schema.deliveries).where(schema.deliveries.c.job_id == job_id))
             if row and self._plan(connection, job_id, deliveries):
                 row = self._swap(connection, job_id, [State.COMPUTED], State.DELIVERING, {}, actor=actor)
         return _job_or_none(row)
@@ -553,7 +556,7 @@ class Ledger:
         return _job_or_none(row)
 
     def _plan(self, connection: Connection, job_id: str, deliveries: Iterable[Delivery]) -> int:
-        """Insert rows to deliver; those that exist (a re-run made the same UIDs) become pending again."""
+        """Insert rows to deliver; those that exist become pending again."""
         table, planned = schema.deliveries, [_delivery_row(job_id, item, self._clock()) for item in deliveries]
         for row in planned:
             fresh = {name: row[name] for name in ("kind", "path", "status", "dimse_status", "last_error", "updated_at")}
