@@ -8,7 +8,6 @@ uncompressed transfer syntaxes, and never log identifiers of patients.
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -194,7 +193,6 @@ def _read_answer(path: Path, response: Dataset) -> Answer:
         raise Retryable(Reason.DESTINATION_UNREACHABLE, "the association broke before the answer, or none came in time")
     status = int(response.Status)
     text = f"0x{status:04X} {STATUS_TEXT.get(status, '')}".strip()
-    logging.getLogger(__name__).debug("C-STORE answered", extra={"dimse_status": f"0x{status:04X}"})
     return Answer(path, _verdict(status), status, text)
 
 
