@@ -30,8 +30,9 @@ def make_celery(settings: Settings) -> Celery:
     """The Celery application, for senders and workers alike. The worker registers the tasks by name."""
     app = Celery("lowgad", set_as_current=False)
     app.conf.update(
-        # The default exchange routes by the queue's name and needs no bindings, which a broker could lose.
-        task_queues={name: {"exchange": "", "routing_key": name} for name in (PROCESS, DELIVER)},
+        # Messages travel over the default exchange, which routes by the queue's name (Celery does so where a task names
+        # a queue and no exchange). So no bindings are needed, which a broker could lose.
+        task_queues={name: {"routing_key": name} for name in (PROCESS, DELIVER)},
         task_routes={name: {"queue": name} for name in (PROCESS, DELIVER)},
         task_default_queue=PROCESS,
         task_create_missing_queues=False,
@@ -121,6 +122,9 @@ class _Channel(filesystem.Channel):
         unfinished = folder / f"{uuid4().hex}.unfinished"
         unfinished.write_text(json.dumps(payload), encoding="utf-8")
         unfinished.rename(folder / f"{time.time_ns():020}-{uuid4().hex}.{queue}.msg")
+
+    def _queue_bind(self, *_: object) -> None:
+        """Nothing to note: a message is filed under the name of its queue."""
 
     def _get(self, queue: str, timeout: float | None = None) -> dict[str, Any]:  # noqa: ARG002  signature of kombu
         for path in sorted(Path(self.data_folder_in).glob(f"*.{queue}.msg")):

@@ -54,6 +54,16 @@ class Spool:
         """Whether nothing more should be accepted."""
         return self.free_bytes() < self._low_bytes
 
+    @contextmanager
+    def workspace(self) -> Iterator[Path]:
+        """A folder for work in progress on the spool's disk; gone afterwards, whatever happened."""
+        folder = self._unfinished / uuid4().hex
+        folder.mkdir(mode=PRIVATE_FOLDER)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
     # --- received objects ---------------------------------------------------------------------------------------------
 
     def put(self, data: bytes | Iterable[bytes]) -> StoredFile:
@@ -104,18 +114,17 @@ class Spool:
     @contextmanager
     def publish(self, job_id: str) -> Iterator[Path]:
         """An empty folder to write a result into; it becomes `result_dir(job_id)` as a whole, or not at all."""
-        target, unfinished = self.result_dir(job_id), self._unfinished / uuid4().hex
-        unfinished.mkdir(mode=PRIVATE_FOLDER)
-        try:
+        target = self.result_dir(job_id)
+        with self.workspace() as unfinished:
             yield unfinished
             for path in [*unfinished.rglob("*"), unfinished]:
                 _sync(path)
+            replaced = self._unfinished / uuid4().hex
             if target.exists():
-                target.rename(self._unfinished / uuid4().hex)
+                target.rename(replaced)
             unfinished.rename(target)
             _sync(self._results)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
     def remove_result(self, job_id: str) -> None:
         """Delete a result, if it is there."""
