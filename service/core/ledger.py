@@ -53,6 +53,7 @@ from service.core.job import TRANSITIONS, Job, JobOptions, Stage, State
 MIGRATION_LOCK = 0x10_36AD  # any constant: serialises migrations of several processes on PostgreSQL
 BUSY_SECONDS = 30  # how long a writer waits for the others on SQLite
 LEASED = (State.RUNNING, State.DELIVERING)
+UNDER_WAY = (State.QUEUED, State.RUNNING, State.DELIVERING)
 AFRESH: dict[str, Any] = {
     "tries": 0,
     "due_at": None,
@@ -500,6 +501,26 @@ class Ledger:
         with self._engine.begin() as connection:
             connection.execute(change.values(enqueued_at=self._clock()))
 
+    def forget(self, before: datetime) -> int:
+        """Delete everything about studies in which nothing has happened since, and nothing is under way.
+
+        Their bytes become the janitor's (`Spool.sweep_up`).
+
+        Returns:
+            How many studies were forgotten.
+        """
+        job, instance = schema.jobs.c, schema.instances.c
+        busy = select(job.study_uid).where(
+            or_(job.updated_at >= before, job.state.in_([state.value for state in UNDER_WAY]))
+        )
+        recent = select(instance.study_uid).where(or_(instance.received_at >= before, instance.job_id.is_(None)))
+        query = select(job.study_uid).where(job.study_uid.not_in(busy), job.study_uid.not_in(recent)).distinct()
+        studies = [row.study_uid for row in self._read(query)]
+        for study_uid in studies:
+            with self._engine.begin() as connection:
+                _forget_study(connection, study_uid)
+        return len(studies)
+
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def _read(self, query: Any) -> Sequence[Row[Any]]:
@@ -633,6 +654,14 @@ def _stop_waiting(connection: Connection, job_id: str, instances: Sequence[Insta
     for start in range(0, len(uids), 500):  # SQLite limits the number of parameters
         some = update(table).where(table.c.sop_instance_uid.in_(uids[start : start + 500]))
         connection.execute(some.values(job_id=job_id))
+
+
+def _forget_study(connection: Connection, study_uid: str) -> None:
+    ids = select(schema.jobs.c.id).where(schema.jobs.c.study_uid == study_uid)
+    connection.execute(delete(schema.instances).where(schema.instances.c.study_uid == study_uid))
+    for table in (schema.job_inputs, schema.transitions, schema.deliveries):
+        connection.execute(delete(table).where(table.c.job_id.in_(ids)))
+    connection.execute(delete(schema.jobs).where(schema.jobs.c.study_uid == study_uid))
 
 
 def _record(connection: Connection, job: Job, previous: State | None, *, actor: str, at: datetime) -> None:

@@ -79,6 +79,9 @@ class Settings(BaseModel):
     max_unpacked_bytes: int = Field(default=4 << 30, ge=1, description="Largest unpacked upload")
     max_upload_files: int = Field(default=10_000, ge=1, description="Most files in one upload")
 
+    settle_seconds: float = Field(
+        default=3.0, ge=0, description="Silence after which a study with a whole pair of series is ready"
+    )
     quiet_seconds: float = Field(default=60.0, ge=0, description="Silence after which an unclear study is complete")
     sweep_seconds: float = Field(
         default=2.0, gt=0, description="Interval between two looks at waiting studies and jobs"

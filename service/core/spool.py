@@ -132,26 +132,29 @@ class Spool:
 
     # --- the janitor --------------------------------------------------------------------------------------------------
 
-    def sweep_up(self, is_wanted: Callable[[str], bool], older_than_seconds: float) -> int:
-        """Delete what a crash left behind: unfinished files, and objects that nobody knows.
+    def sweep_up(
+        self, is_known: Callable[[str], bool], is_job: Callable[[str], bool], older_than_seconds: float
+    ) -> int:
+        """Delete what a crash left behind and what the ledger has forgotten.
 
         Args:
-            is_wanted: whether the object with this digest must stay.
+            is_known: whether the object with this digest must stay.
+            is_job: whether the result of the job with this id must stay.
             older_than_seconds: younger files may belong to somebody at work.
 
         Returns:
             How many files and folders were deleted.
         """
         limit = time.time() - older_than_seconds
-        leftovers = [path for path in self._unfinished.iterdir() if _modified(path) < limit]
-        orphans = [
-            path
-            for path in self._objects.glob("*/*.dcm")
-            if _modified(path) < limit and _SHA256.fullmatch(path.stem) and not is_wanted(path.stem)
+        candidates = [
+            *((path, False) for path in self._unfinished.iterdir()),
+            *((path, is_job(path.name)) for path in self._results.iterdir()),
+            *((path, is_known(path.stem)) for path in self._objects.glob("*/*.dcm")),
         ]
-        for path in leftovers + orphans:
+        unwanted = [path for path, must_stay in candidates if not must_stay and _modified(path) < limit]
+        for path in unwanted:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        return len(leftovers) + len(orphans)
+        return len(unwanted)
 
 
 def _write(path: Path, chunks: Iterable[bytes]) -> tuple[str, int]:

@@ -56,7 +56,7 @@ class Log:
         """Something that somebody should look at, and that the service survives by itself."""
         self._write(logging.WARNING, sentence, fields)
 
-    def error(self, sentence: str, error: BaseException | None = None, **fields: Unpack[Fields]) -> None:
+    def failure(self, sentence: str, error: BaseException, **fields: Unpack[Fields]) -> None:
         """Something that did not work. Of the exception only type and places are kept."""
         self._write(logging.ERROR, sentence, fields, error)
 

@@ -94,11 +94,18 @@ def test_a_result_that_was_not_finished_changes_nothing(spool: Spool, tmp_path: 
 
 def test_the_janitor_takes_leftovers_and_orphans_and_nothing_else(spool: Spool, tmp_path: Path) -> None:
     wanted, orphan, young = spool.put(b"wanted"), spool.put(b"orphan"), spool.put(b"young")
+    with spool.publish(JOB):
+        pass
+    age(spool.result_dir(JOB), 7200)
     half = tmp_path / "spool" / "unfinished" / "half"
     half.write_bytes(b"half")
     for path in (wanted.path, orphan.path, half):
         age(path, 7200)
-    assert spool.sweep_up(lambda digest: digest == wanted.sha256, older_than_seconds=3600) == 2
+    known = {wanted.sha256}
+    assert spool.sweep_up(known.__contains__, lambda _: True, older_than_seconds=3600) == 2
+    assert spool.result_dir(JOB).is_dir()
+    assert spool.sweep_up(known.__contains__, lambda _: False, older_than_seconds=3600) == 1
+    assert not spool.result_dir(JOB).exists()
     assert sorted(files(spool, tmp_path)) == sorted([wanted.path, young.path])
 
 

@@ -57,7 +57,7 @@ def test_an_exception_leaves_its_places_and_not_its_words(lines: Lines) -> None:
     error = ValueError("bad name Doe^Jane")
     with pytest.raises(ValueError, match="bad name"):
         _raise(error, because_of=KeyError("Doe^Jane"))
-    telemetry.Log("worker").error("unexpected", error, job_id="1")
+    telemetry.Log("worker").failure("unexpected", error, job_id="1")
     assert "Doe" not in lines.stream.getvalue()
     described = lines.last()["error"]
     assert described[0] == "ValueError"

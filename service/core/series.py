@@ -1,0 +1,246 @@
+"""What headers alone tell about series: which is one whole regular volume and looks like T1, which two are a pair.
+
+Hides the three ways MR images carry geometry and timing: classic MR (PS3.3 A.4), Enhanced MR and Legacy Converted
+Enhanced MR (functional groups, PS3.3 C.7.6.16). Pure Python over a summary of numbers, so that intake can ask again
+whenever an image arrives. Must never touch pixels, and must never keep anything that identifies a patient: a summary
+is stored in the ledger. It only decides *when* to start; the worker decides from the images whether it may.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from statistics import median
+from typing import Any, Self
+
+from pydantic import TypeAdapter
+from pydicom.dataset import Dataset
+
+from service.core.errors import Reason
+
+Vector = tuple[float, float, float]
+
+STEP_TOLERANCE = 0.05  # of the distance between planes; scanners round positions to 0.001..0.05 mm
+DRIFT_TOLERANCE_MM = 0.25  # planes of one volume lie exactly above each other
+COSINE_TOLERANCE = 1e-3
+SPACING_TOLERANCE_MM = 1e-3
+MIN_PLANES = 8  # fewer is a localizer, not a volume of the brain
+NOT_ACQUIRED = frozenset({"DERIVED", "SECONDARY", "LOCALIZER", "SUBTRACTION", "SUB", "MPR", "MIP", "PROJECTION IMAGE"})
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a series is not one whole regular volume."""
+
+    reason: Reason
+    detail: str
+
+
+@dataclass(frozen=True)
+class HeaderSummary:
+    """What intake needs to know of one object, all frames of it."""
+
+    positions_mm: tuple[Vector, ...] = ()  # ImagePositionPatient of each frame
+    orientation: tuple[float, ...] = ()  # ImageOrientationPatient: six cosines; empty when absent or not the same
+    pixel_spacing_mm: tuple[float, ...] = ()  # between rows, between columns
+    rows: int = 0
+    columns: int = 0
+    frame_of_reference_uid: str = ""
+    images_in_acquisition: int | None = None
+    is_acquired: bool = False  # MR, and neither derived nor a localizer
+    looks_t1: bool = False
+    has_contrast: bool = False
+    is_synthetic: bool = False  # made by lowgad or its like: (0008,001C) is YES, or we are the manufacturer
+
+    @classmethod
+    def of(cls, header: Dataset) -> Self:
+        """Summarise a header. What is missing or unreadable is left empty."""
+        orientations = set(_vectors(header, "ImageOrientationPatient", 6))
+        return cls(
+            positions_mm=tuple((x, y, z) for x, y, z in _vectors(header, "ImagePositionPatient", 3)),
+            orientation=orientations.pop() if len(orientations) == 1 else (),
+            pixel_spacing_mm=next(_vectors(header, "PixelSpacing", 2), ()),
+            rows=int(_number(header, "Rows") or 0),
+            columns=int(_number(header, "Columns") or 0),
+            frame_of_reference_uid=str(_value(header, "FrameOfReferenceUID") or ""),
+            images_in_acquisition=int(_number(header, "ImagesInAcquisition") or 0) or None,
+            is_acquired=_is_acquired(header),
+            looks_t1=_looks_t1(header),
+            has_contrast=_has_contrast(header),
+            is_synthetic=_is_synthetic(header),
+        )
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> HeaderSummary:
+        """The inverse of `to_json`."""
+        return _ADAPTER.validate_python(value)
+
+    def to_json(self) -> dict[str, Any]:
+        """As the ledger keeps it."""
+        return asdict(self)
+
+
+_ADAPTER = TypeAdapter(HeaderSummary)
+
+
+def geometry_faults(summaries: Sequence[HeaderSummary]) -> list[Fault]:
+    """Why these objects are not one whole regular volume; empty when they are."""
+    first = summaries[0]
+    if not all(item.positions_mm and item.orientation and item.pixel_spacing_mm for item in summaries):
+        return [Fault(Reason.IRREGULAR_GEOMETRY, "an image without position, orientation or spacing")]
+    if not all(_same_grid(first, item, COSINE_TOLERANCE) for item in summaries):
+        return [Fault(Reason.IRREGULAR_GEOMETRY, "orientation, matrix or pixel spacing differ between images")]
+    positions = [position for item in summaries for position in item.positions_mm]
+    expected = max(item.images_in_acquisition or 0 for item in summaries)
+    if len(positions) < max(MIN_PLANES, expected):
+        return [Fault(Reason.MISSING_SLICES, f"{len(positions)} of {max(MIN_PLANES, expected)} images")]
+    return list(_stack_faults(positions, first.orientation))
+
+
+def find_pair(series: Mapping[str, Sequence[HeaderSummary]]) -> tuple[str, str] | None:
+    """The pre-contrast and the low-dose series, where headers leave no doubt: one pair of whole T1 volumes that agree.
+
+    Args:
+        series: summaries by SeriesInstanceUID.
+
+    Returns:
+        The two SeriesInstanceUIDs, pre-contrast first; None when there is no such pair or more than one.
+    """
+    volumes = {uid: items for uid, items in series.items() if _is_t1_volume(items)}
+    pairs = [
+        (pre, low)
+        for pre, pre_items in volumes.items()
+        for low, low_items in volumes.items()
+        if not pre_items[0].has_contrast and low_items[0].has_contrast and _agree(pre_items, low_items)
+    ]
+    return pairs[0] if len(pairs) == 1 else None
+
+
+def _is_t1_volume(items: Sequence[HeaderSummary]) -> bool:
+    kind = {(item.is_acquired, item.looks_t1, item.has_contrast) for item in items}
+    return len(kind) == 1 and items[0].is_acquired and items[0].looks_t1 and not geometry_faults(items)
+
+
+def _agree(one: Sequence[HeaderSummary], other: Sequence[HeaderSummary]) -> bool:
+    """Same frame of reference, orientation, matrix, spacing and number of planes. Registration does the rest."""
+    a, b = one[0], other[0]
+    planes = [sum(len(item.positions_mm) for item in items) for items in (one, other)]
+    same_frame = a.frame_of_reference_uid == b.frame_of_reference_uid
+    return same_frame and planes[0] == planes[1] and _same_grid(a, b, 10 * COSINE_TOLERANCE)
+
+
+def _same_grid(a: HeaderSummary, b: HeaderSummary, cosine_tolerance: float) -> bool:
+    return (
+        (a.rows, a.columns) == (b.rows, b.columns)
+        and _near(a.orientation, b.orientation, cosine_tolerance)
+        and _near(a.pixel_spacing_mm, b.pixel_spacing_mm, SPACING_TOLERANCE_MM)
+    )
+
+
+def _near(a: Sequence[float], b: Sequence[float], tolerance: float) -> bool:
+    return len(a) == len(b) and all(abs(x - y) <= tolerance for x, y in zip(a, b, strict=True))
+
+
+def _stack_faults(positions: Sequence[Vector], orientation: Sequence[float]) -> Iterator[Fault]:
+    """Distances along the normal (PS3.3 C.7.6.2.1.1) must be equal, and there must be no drift across it."""
+    normal = _cross(orientation[:3], orientation[3:])
+    heights = sorted(_dot(position, normal) for position in positions)
+    gaps = [above - below for below, above in pairwise(heights)]
+    step = median(gaps)
+    if step <= 0 or min(gaps) < step / 2:
+        yield Fault(Reason.IRREGULAR_GEOMETRY, "two images at the same position")
+    elif max(gaps) > 1.5 * step:
+        yield Fault(Reason.MISSING_SLICES, f"a gap of {max(gaps):.2f} mm where {step:.2f} mm are usual")
+    elif any(abs(gap - step) > STEP_TOLERANCE * step for gap in gaps):
+        yield Fault(Reason.IRREGULAR_GEOMETRY, "images are not equally spaced")
+    foot = [
+        tuple(c - _dot(position, normal) * n for c, n in zip(position, normal, strict=True)) for position in positions
+    ]
+    if not all(_near(foot[0], other, DRIFT_TOLERANCE_MM) for other in foot):
+        yield Fault(Reason.IRREGULAR_GEOMETRY, "images do not lie above each other")
+
+
+def _cross(a: Sequence[float], b: Sequence[float]) -> Vector:
+    return (a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0])
+
+
+def _dot(a: Sequence[float], b: Sequence[float]) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+# --- header access ----------------------------------------------------------------------------------------------------
+
+
+def _groups(header: Dataset) -> Iterator[Dataset]:
+    """Where an attribute may stand: the header itself, then the shared and each frame's functional groups."""
+    yield header
+    for keyword in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+        for item in header.get(keyword) or ():
+            for element in item:
+                if element.VR == "SQ" and element.value:
+                    yield element.value[0]
+
+
+def _values(header: Dataset, keyword: str) -> Iterator[Any]:
+    return (value for group in _groups(header) if (value := group.get(keyword)) not in (None, ""))
+
+
+def _value(header: Dataset, keyword: str) -> Any:  # the type is the element's
+    return next(_values(header, keyword), None)
+
+
+def _number(header: Dataset, *keywords: str) -> float | None:
+    for value in (_value(header, keyword) for keyword in keywords):
+        try:
+            return None if value is None else float(value)
+        except (TypeError, ValueError):
+            continue
+    return None
+
+
+def _vectors(header: Dataset, keyword: str, length: int) -> Iterator[tuple[float, ...]]:
+    for value in _values(header, keyword):
+        try:
+            vector = tuple(float(component) for component in value)
+        except (TypeError, ValueError):
+            continue
+        if len(vector) == length:
+            yield vector
+
+
+def _texts(header: Dataset, keyword: str) -> frozenset[str]:
+    value = _value(header, keyword)
+    many: Iterable[Any] = () if value is None else [value] if isinstance(value, str) else value
+    return frozenset(str(part).strip().upper() for part in many)
+
+
+def _is_acquired(header: Dataset) -> bool:
+    return _texts(header, "Modality") == {"MR"} and not _texts(header, "ImageType") & NOT_ACQUIRED
+
+
+def _is_synthetic(header: Dataset) -> bool:
+    return "YES" in _texts(header, "SyntheticData") or "LOWGAD" in _texts(header, "Manufacturer")
+
+
+def _has_contrast(header: Dataset) -> bool:
+    administered = _texts(header, "ContrastBolusAdministered")  # PS3.3 C.7.6.16.2.12
+    if administered:
+        return administered == {"YES"}
+    agent = {text for text in _texts(header, "ContrastBolusAgent") if text not in {"", "NO", "NONE", "N", "NIL", "0"}}
+    return bool(agent or header.get("ContrastBolusAgentSequence"))
+
+
+def _looks_t1(header: Dataset) -> bool:
+    """T1 weighting by timing: short TR and TE, or an inversion of 0.3 to 1.5 s; neither EPI nor angiography."""
+    repetition_ms, echo_ms = _number(header, "RepetitionTime"), _number(header, "EchoTime", "EffectiveEchoTime")
+    inversion_ms = _number(header, "InversionTime", "InversionTimes")
+    sequence = _texts(header, "ScanningSequence") | _texts(header, "EchoPulseSequence")
+    if repetition_ms is None or echo_ms is None or "EP" in sequence or "Y" in _texts(header, "AngioFlag"):
+        return False
+    if inversion_ms:
+        return 300 <= inversion_ms <= 1500 and echo_ms <= 30
+    if "SE" in sequence or "SPIN" in sequence:
+        return repetition_ms <= 1300 and echo_ms <= 35
+    is_prepared = "IR" in sequence or "MP" in _texts(header, "SequenceVariant")
+    return echo_ms <= 12 and repetition_ms <= (3500 if is_prepared else 60)
