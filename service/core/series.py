@@ -224,7 +224,7 @@ def _is_synthetic(header: Dataset) -> bool:
 
 
 def _has_contrast(header: Dataset) -> bool:
-    administered = _texts(header, "ContrastBolusAdministered")  # PS3.3 C.7.6.16.2.12
+    administered = _texts(header, "ContrastBolusAgentAdministered")  # PS3.3 C.7.6.16.2.12
     if administered:
         return administered == {"YES"}
     agent = {text for text in _texts(header, "ContrastBolusAgent") if text not in {"", "NO", "NONE", "N", "NIL", "0"}}
