@@ -1,11 +1,11 @@
 """Gadolinium agents: names, concentration, standard dose and relaxivity, with the source of every number.
 
-Hides the spelling of agents in headers and the interpolation of relaxivity over field strength. Must never guess: a text
-that names no agent, or two, gives None.
+Hides the spelling of agents in headers and the interpolation of relaxivity over field strength. Must never guess: a
+text that names no agent, or two, gives None.
 
-Sources. r1 in whole blood at 37 C for 1.5, 3 and 7 T: Shen et al., Invest Radiol 2015;50:330-338. Gadopiclenol is not in
-that table: plasma values at 1.5 and 3 T, held constant above 3 T. Concentrations, standard doses and mg/mL: product labels.
-Codes: DICOM PS3.16 CID 12 (2024c), scheme SCT; gadopiclenol has no code there.
+Sources. r1 in whole blood at 37 C for 1.5, 3 and 7 T: Shen et al., Invest Radiol 2015;50:330-338. Gadopiclenol is not
+in that table: plasma values at 1.5 and 3 T, held constant above 3 T. Concentrations, standard doses and mg/mL: product
+labels. Codes: DICOM PS3.16 CID 12 (2024c), scheme SCT; gadopiclenol has no code there.
 """
 
 from __future__ import annotations

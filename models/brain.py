@@ -84,7 +84,7 @@ def find_brain(head: Volume) -> Mask:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """ITK sums in a fixed order: the same transform, to the last bit, on every run. The number of threads is restored."""
+    """ITK sums in a fixed order: the same transform, to the last bit, on every run; the setting is restored."""
     threads = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     try:
@@ -183,7 +183,9 @@ def _search(moving: sitk.Image, starts: list[np.ndarray]) -> sitk.Transform:
     atlas_middle = np.array(fixed.TransformContinuousIndexToPhysicalPoint([n / 2 for n in fixed.GetSize()]))
     tried = []
     for start in starts:
-        guess = sitk.Similarity3DTransform(1.0, (0.0, 0.0, 0.0, 1.0), (start - atlas_middle).tolist(), atlas_middle.tolist())
+        guess = sitk.Similarity3DTransform(
+            1.0, (0.0, 0.0, 0.0, 1.0), (start - atlas_middle).tolist(), atlas_middle.tolist()
+        )
         tried.append(_refine(fixed, mask, moving, guess, sampling=0.3, step=4.0))
     best = min(tried, key=lambda pair: pair[0])[1]
     affine = sitk.AffineTransform(3)

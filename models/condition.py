@@ -1,7 +1,7 @@
 """The conditioning vector: what the network is told about an acquisition, and that something is unknown.
 
-Hides order and scaling of the numbers (contract version 1). Every quantity that a header may lack has a known bit: 1 and
-the value, or 0 and 0. Must never fill in a default: unknown is passed on as unknown.
+Hides order and scaling of the numbers (contract version 1). Every quantity that a header may lack has a known bit: 1
+and the value, or 0 and 0. Must never fill in a default: unknown is passed on as unknown.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ NAMES = (
     *(f"sequence_{name.lower()}" for name in SEQUENCES),
 )  # fmt: skip
 DOSE_INDEX, DOSE_KNOWN_INDEX = NAMES.index("log_dose_fraction"), NAMES.index("dose_known")
-TRAINED = {"field_strength_t": (1.0, 3.5), "dose_fraction": (0.05, 1.0), "spacing_mm": (0.7, 6.0), "sigma": (0.005, 0.2)}
+TRAINED = {
+    "field_strength_t": (1.0, 3.5),
+    "dose_fraction": (0.05, 1.0),
+    "spacing_mm": (0.7, 6.0),
+    "sigma": (0.005, 0.2),
+}
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """From a pre-contrast and a low-dose volume to what the network sees, and back to the native grids.
 
-The one implementation for training and inference. Hides the working grid (the pre-contrast grid cropped to the brain, its
-axes never finer than 0.7 mm), the rigid registration, the radiometric registration (one gain and a smooth gain field) and
-the noise estimate. Follows section 2 of the paper's method (arXiv 2403.03539) with three changes: the gain is trimmed
-symmetrically, a gain field is fitted, and the image itself is never resampled (only the predicted signal is).
-Must never be random: every sample is seeded and every sum runs in a fixed order.
+The one implementation for training and inference. Hides the working grid (the pre-contrast grid cropped to the brain,
+its axes never finer than 0.7 mm), the rigid registration, the radiometric registration (one gain and a smooth gain
+field) and the noise estimate. Follows section 2 of the paper's method (arXiv 2403.03539) with three changes: the gain
+is trimmed symmetrically, a gain field is fitted, and the image itself is never resampled (only the predicted signal
+is). Must never be random: every sample is seeded and every sum runs in a fixed order.
 """
 
 from __future__ import annotations
@@ -156,7 +156,9 @@ def register(pre: Volume, low: Volume, brain: Mask) -> sitk.Transform:
     angles = np.degrees(rigid.GetParameters()[:3])
     shift = np.array(rigid.GetParameters()[3:])
     if np.abs(angles).max() > 30 or np.linalg.norm(shift) > 60:
-        raise RegistrationError(f"the alignment found is {np.linalg.norm(shift):.0f} mm, {np.abs(angles).max():.0f} deg")
+        raise RegistrationError(
+            f"the alignment found is {np.linalg.norm(shift):.0f} mm, {np.abs(angles).max():.0f} deg"
+        )
     return rigid
 
 
@@ -182,8 +184,8 @@ def compare(pre: Array, low: Array, brain: Mask, spacing_mm: tuple[float, float,
 def symmetric_gain(low: Array, pre: Array) -> float:
     """The factor s that brings `low` to `pre`: sqrt(sum pre^2 / sum low^2) over |s low - pre| < 2.5 MAD, iterated.
 
-    The geometric mean of both regressions: unbiased when both images carry the same noise, and trimmed on both sides, so
-    that enhancement does not pull it (a one-sided quantile biases it upward by 1 to 2 %).
+    The geometric mean of both regressions: unbiased when both images carry the same noise, and trimmed on both sides, so that
+    enhancement does not pull it (a one-sided quantile biases it upward by 1 to 2 %).
 
     Args:
         low: voxels of the low-dose brain, any shape.
@@ -264,7 +266,7 @@ def _expand(means: Array, blocks: list[int], shape: tuple[int, ...]) -> Array:
 
 
 def _clipped(volume: Volume, brain: Mask | None) -> sitk.Image:
-    """Intensities to 0..1.2 of the volume's own bright tissue, so that scalp fat or vessels do not own the histogram."""
+    """Intensities to 0..1.2 of the volume's own bright tissue, so that scalp fat does not own the histogram."""
     inside = volume.voxels[brain] if brain is not None else volume.voxels[volume.voxels > 0]
     top = float(np.quantile(inside, SCALE_QUANTILE if brain is not None else 0.98))
     return volume.with_voxels(np.clip(volume.voxels / max(top, 1e-6), 0, 1.2)).to_sitk()
@@ -297,7 +299,9 @@ def _resample(volume: Volume, grid: Volume, transform: sitk.Transform) -> Volume
     image = volume.to_sitk()
     for axis, (fine, coarse) in enumerate(zip(volume.spacing_mm, grid.spacing_mm, strict=True)):
         if coarse > 1.2 * fine:  # keep what the coarser grid can carry
-            image = sitk.RecursiveGaussian(image, 0.4 * coarse, False, sitk.RecursiveGaussianImageFilter.ZeroOrder, axis)
+            image = sitk.RecursiveGaussian(
+                image, 0.4 * coarse, False, sitk.RecursiveGaussianImageFilter.ZeroOrder, axis
+            )
     moved = sitk.GetArrayFromImage(sitk.Resample(image, grid.to_sitk(), transform, sitk.sitkBSpline, 0.0))
     return grid.with_voxels(np.clip(moved, float(volume.voxels.min()), float(volume.voxels.max())))
 
@@ -312,7 +316,9 @@ def _as_crop(volume: Volume, grid: Volume) -> Array | None:
 
 def _nearest(mask: Mask, volume: Volume, grid: Volume) -> Mask:
     image = volume.with_voxels(mask.astype(np.float32)).to_sitk()
-    moved: Mask = sitk.GetArrayFromImage(sitk.Resample(image, grid.to_sitk(), sitk.Transform(), sitk.sitkLinear, 0.0)) > 0.5
+    moved: Mask = (
+        sitk.GetArrayFromImage(sitk.Resample(image, grid.to_sitk(), sitk.Transform(), sitk.sitkLinear, 0.0)) > 0.5
+    )
     return moved
 
 

@@ -1,7 +1,7 @@
 """A volume: voxels that never travel without their geometry.
 
-Hides the order of axes. Everywhere in lowgad `voxels[k, j, i]` is slice, row, column, and
-`affine @ (i, j, k, 1)` is the centre of that voxel in the patient coordinate system of DICOM (LPS, mm; PS3.3 C.7.6.2.1.1).
+Hides the order of axes. Everywhere in lowgad `voxels[k, j, i]` is slice, row, column, and `affine @ (i, j, k, 1)` is
+the centre of that voxel in the patient coordinate system of DICOM (LPS, mm; PS3.3 C.7.6.2.1.1).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Volume:
         return Volume(np.ascontiguousarray(voxels, dtype=np.float32), self.affine)
 
     def to_sitk(self) -> sitk.Image:
-        """As a SimpleITK image; ITK's index order is (i, j, k) and its arrays are (k, j, i), so nothing is transposed."""
+        """As a SimpleITK image; ITK indexes (i, j, k) and its arrays are (k, j, i): nothing is transposed."""
         image = sitk.GetImageFromArray(np.ascontiguousarray(self.voxels, dtype=np.float32))
         spacing = np.array(self.spacing_mm)
         image.SetSpacing(spacing.tolist())

@@ -43,9 +43,8 @@ class Block(nn.Module):
         self.first = nn.Conv3d(width, width, 3, padding=1)
         self.second = nn.Conv3d(width, width, 3, padding=1)
         self.modulate = nn.Linear(embedding, 2 * width)
-        nn.init.zeros_(self.second.weight)
-        nn.init.zeros_(self.modulate.weight)
-        nn.init.zeros_(self.modulate.bias)
+        for start in (self.second.weight, *self.modulate.parameters()):  # every block starts as the identity
+            nn.init.zeros_(start)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """(n, c, k, j, i) and (n, e) to (n, c, k, j, i)."""
@@ -68,10 +67,12 @@ class Network(nn.Module):
         self.enter = nn.ModuleList([nn.ModuleList(Block(w, e) for _ in range(n)) for w, n in _levels(architecture)])
         self.leave = nn.ModuleList([nn.ModuleList(Block(w, e) for _ in range(n)) for w, n in _levels(architecture)[:2]])
         self.head = nn.Conv3d(a, 8, 3, padding=1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        for start in self.head.parameters():  # and the network as a smooth linear amplification
+            nn.init.zeros_(start)
         kernel = torch.tensor([0.25, 0.5, 0.25])
-        self.register_buffer("binomial", (kernel[:, None, None] * kernel[:, None] * kernel)[None, None], persistent=False)
+        self.register_buffer(
+            "binomial", (kernel[:, None, None] * kernel[:, None] * kernel)[None, None], persistent=False
+        )
 
     def forward(self, images: Tensor, condition: Tensor) -> Tensor:
         """Predict.

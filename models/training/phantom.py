@@ -1,9 +1,9 @@
 """A digital phantom: randomised head anatomy with vessels, meninges and lesions, imaged before and after contrast.
 
-Hides how anatomy is made from the ICBM 152 maps: random orientation, scale and warp, sharpened tissue fractions, and drawn
-structures (vessels, dura, falx, mucosa, scalp; solid, ringed and irregular lesions; T1-bright blood and cavities that do
-not enhance). The truth is the noise-free contrast enhancement of the standard dose. Everything follows from one seed.
-Must never leave a structure that enhances only in one of low dose and truth.
+Hides how anatomy is made from the ICBM 152 maps: random orientation, scale and warp, sharpened tissue fractions, and
+drawn structures (vessels, dura, falx, mucosa, scalp; solid, ringed and irregular lesions; T1-bright blood and cavities
+that do not enhance). The truth is the noise-free contrast enhancement of the standard dose. Everything follows from
+one seed. Must never leave a structure that enhances only in one of low dose and truth.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from models.agents import AGENTS, Agent
 from models.brain import load_atlas
 from models.training.physics import (
     Sequence,
+    Tissue,
     draw_sequence,
     draw_tissue,
     magnitude,
@@ -76,7 +77,9 @@ def draw_scenario(rng: np.random.Generator) -> Scenario:
     """Field strength, agent, dose, sequence, grid and noise of a study, spread beyond clinical use."""
     field = float(rng.choice([1.5, 3.0, rng.uniform(1.4, 3.2)], p=[0.4, 0.45, 0.15]))
     agent = AGENTS[int(rng.integers(len(AGENTS)))]
-    dose = float(rng.choice([rng.uniform(0.05, 0.2), rng.uniform(0.2, 0.5), rng.uniform(0.5, 1.0)], p=[0.3, 0.55, 0.15]))
+    dose = float(
+        rng.choice([rng.uniform(0.05, 0.2), rng.uniform(0.2, 0.5), rng.uniform(0.5, 1.0)], p=[0.3, 0.55, 0.15])
+    )
     in_plane = float(rng.choice([1.0, rng.uniform(0.75, 1.2)]))
     through = in_plane if rng.uniform() < 0.6 else float(rng.uniform(0.8, 2.0))
     if rng.uniform() < 0.1:
@@ -108,7 +111,9 @@ def make_phantom(
     return _image(anatomy, scenario, rng)
 
 
-def _atlas_points(shape: tuple[int, int, int], spacing: tuple[float, ...], rng: np.random.Generator, *, whole: bool) -> Array:
+def _atlas_points(
+    shape: tuple[int, int, int], spacing: tuple[float, ...], rng: np.random.Generator, *, whole: bool
+) -> Array:
     """Atlas LPS mm of every voxel, (3, k, j, i): turned, scaled and smoothly warped."""
     axes = [(np.arange(n, dtype=np.float32) - (n - 1) / 2) * s for n, s in zip(shape, spacing[::-1], strict=True)]
     k, j, i = np.meshgrid(*axes, indexing="ij")
@@ -163,7 +168,9 @@ def _tissues(points: Array, scenario: Scenario, rng: np.random.Generator) -> _An
     return anatomy
 
 
-def _add_meninges(anatomy: _Anatomy, points: Array, inside: Array, scenario: Scenario, rng: np.random.Generator) -> None:
+def _add_meninges(
+    anatomy: _Anatomy, points: Array, inside: Array, scenario: Scenario, rng: np.random.Generator
+) -> None:
     """Patches of enhancing dura at the boundary and in the midline, and choroid-like tissue in the ventricles."""
     shape = inside.shape
     soft = ndimage.gaussian_filter(inside, 0.8 / np.array(scenario.spacing_mm[::-1]))
@@ -209,8 +216,8 @@ def _uptake(shape: tuple[int, ...], level_mm: float, rng: np.random.Generator, s
 def _place(anatomy: _Anatomy, name: str, fraction: Array, concentration: Array | None) -> None:
     """Put a structure on top: everything below gives way by its fraction; concentrations mix by fraction."""
     fraction = np.clip(fraction, 0, 1)
-    for other in anatomy.fractions.values():
-        other *= 1 - fraction
+    for below in anatomy.fractions.values():
+        np.multiply(below, 1 - fraction, out=below)
     old = anatomy.fractions.get(name)
     if concentration is not None:
         before = anatomy.concentration.get(name)
@@ -222,7 +229,7 @@ def _place(anatomy: _Anatomy, name: str, fraction: Array, concentration: Array |
 
 
 def _add_vessels(anatomy: _Anatomy, scenario: Scenario, rng: np.random.Generator) -> None:
-    """Curved tubes of 0.3 to 3 mm radius through brain and CSF, all with the same blood concentration."""
+    """Curved tubes of 0.25 to 3.5 mm radius, mostly thin, through brain and CSF, with one blood concentration."""
     shape = anatomy.brain.shape
     spacing = np.array(scenario.spacing_mm[::-1])
     starts = np.argwhere(ndimage.binary_dilation(anatomy.brain, iterations=1))
@@ -230,15 +237,21 @@ def _add_vessels(anatomy: _Anatomy, scenario: Scenario, rng: np.random.Generator
         return
     density = len(starts) * float(np.prod(spacing)) / 1e6  # litres of brain
     tubes = np.zeros(shape, np.float32)
-    for _ in range(int(rng.poisson(max(4.0, rng.uniform(40, 160) * density)))):
-        radius = float(np.exp(rng.uniform(np.log(0.3), np.log(3.0)) if rng.uniform() < 0.8 else np.log(rng.uniform(2, 4))))
+    for _ in range(int(rng.poisson(max(4.0, rng.uniform(60, 250) * density)))):
+        large = rng.uniform() < 0.08
+        radius = float(
+            np.exp(rng.uniform(np.log(1.2), np.log(3.5)) if large else rng.uniform(np.log(0.25), np.log(1.2)))
+        )
         _draw_tube(tubes, starts[rng.integers(len(starts))] * spacing, radius, spacing, rng)
+    tubes *= sum(anatomy.fractions.values()) > 0.3  # none in air
     if scenario.stripped:
         tubes *= anatomy.brain
     _place(anatomy, "blood", tubes, np.full(shape, rng.uniform(0.25, 1.0), np.float32))
 
 
-def _draw_tube(tubes: Array, start_mm: np.ndarray, radius_mm: float, spacing: np.ndarray, rng: np.random.Generator) -> None:
+def _draw_tube(
+    tubes: Array, start_mm: np.ndarray, radius_mm: float, spacing: np.ndarray, rng: np.random.Generator
+) -> None:
     position, direction = start_mm.astype(float), rng.standard_normal(3)
     step = float(min(spacing.min(), max(radius_mm, 0.4)))
     for _ in range(int(rng.uniform(15, 80) / step)):
@@ -278,7 +291,9 @@ def _add_lesions(anatomy: _Anatomy, scenario: Scenario, rng: np.random.Generator
         _place(anatomy, name, where * anatomy.brain, None)
 
 
-def _add_lesion(anatomy: _Anatomy, centre: np.ndarray, diameter: float, scenario: Scenario, rng: np.random.Generator) -> None:
+def _add_lesion(
+    anatomy: _Anatomy, centre: np.ndarray, diameter: float, scenario: Scenario, rng: np.random.Generator
+) -> None:
     shape = anatomy.brain.shape
     level = float(np.exp(rng.uniform(np.log(0.03), np.log(0.6))))
     depth = _depth(shape, centre, diameter / 2, scenario, rng)
@@ -296,7 +311,9 @@ def _add_lesion(anatomy: _Anatomy, centre: np.ndarray, diameter: float, scenario
     anatomy.labels[body > 0.5] = len(anatomy.diameters)
 
 
-def _depth(shape: tuple[int, ...], centre: np.ndarray, radius: float, scenario: Scenario, rng: np.random.Generator) -> Array:
+def _depth(
+    shape: tuple[int, ...], centre: np.ndarray, radius: float, scenario: Scenario, rng: np.random.Generator
+) -> Array:
     """Signed depth (mm, positive inside) of an irregular ellipsoid."""
     spacing = scenario.spacing_mm[::-1]
     stretch = rng.uniform(0.75, 1.3, 3)
@@ -306,7 +323,9 @@ def _depth(shape: tuple[int, ...], centre: np.ndarray, radius: float, scenario: 
     return np.asarray(radius - distance + rough, np.float32)
 
 
-def _blob(shape: tuple[int, ...], centre: np.ndarray, diameter: float, scenario: Scenario, rng: np.random.Generator) -> Array:
+def _blob(
+    shape: tuple[int, ...], centre: np.ndarray, diameter: float, scenario: Scenario, rng: np.random.Generator
+) -> Array:
     return np.clip(0.5 + _depth(shape, centre, diameter / 2, scenario, rng), 0, 1)
 
 
@@ -322,8 +341,9 @@ def _image(anatomy: _Anatomy, scenario: Scenario, rng: np.random.Generator) -> P
         if name == "blood":
             tissue = replace(tissue, pd=tissue.pd * inflow)
         texture = 1 + smooth_field(fraction.shape, rng.uniform(2, 8), rng.uniform(0.01, 0.04), rng)
-        for dose, image in ideal.items():
-            image += fraction * texture * _tissue_signal(tissue, scenario, anatomy.concentration.get(name), dose * uptake, r1)
+        amount, concentration = fraction * texture, anatomy.concentration.get(name)
+        for dose in ideal:
+            ideal[dose] += amount * _tissue_signal(tissue, scenario, concentration, dose * uptake, r1)
     psf = rng.uniform(0.3, 0.6)
     ideal = {dose: ndimage.gaussian_filter(image, psf) for dose, image in ideal.items()}
     level = float(np.quantile(ideal[0.0][anatomy.brain], 0.9)) if anatomy.brain.sum() > 100 else 1.0
@@ -339,12 +359,12 @@ def _image(anatomy: _Anatomy, scenario: Scenario, rng: np.random.Generator) -> P
     )
 
 
-def _tissue_signal(tissue: object, scenario: Scenario, concentration: Array | None, scale: float, r1: float) -> Array:
+def _tissue_signal(tissue: Tissue, scenario: Scenario, concentration: Array | None, scale: float, r1: float) -> Array:
     """Signal by interpolation over concentration: the curve is smooth, 64 points give it to 1e-4."""
     if concentration is None:
-        return signal(tissue, scenario.sequence, np.zeros(1), r1).astype(np.float32)  # type: ignore[arg-type,no-any-return]
+        return signal(tissue, scenario.sequence, np.zeros(1), r1).astype(np.float32)
     grid = np.linspace(0, float(concentration.max()) * scale + 1e-6, 64)
-    curve = signal(tissue, scenario.sequence, grid, r1)  # type: ignore[arg-type]
+    curve = signal(tissue, scenario.sequence, grid, r1)
     return np.interp(concentration * scale, grid, curve).astype(np.float32)
 
 
@@ -361,7 +381,7 @@ def _acquire(pre: Array, low: Array, scenario: Scenario, rng: np.random.Generato
     if rng.uniform() < 0.7:  # registration interpolates the noise, too
         second = ndimage.shift(second, rng.uniform(-0.5, 0.5, 3), order=3, mode="nearest")
         second = ndimage.shift(second, np.zeros(3), order=1) if rng.uniform() < 0.5 else second
-    if scenario.stripped:
+    if scenario.stripped and rng.uniform() < 0.6:  # otherwise noise is left around the brain
         keep = ndimage.binary_dilation(pre > 0.02)
         first, second = first * keep, second * keep
     return first, (second * drift).astype(np.float32)

@@ -1,12 +1,12 @@
 """Signal equations, tissue constants and the image formation of the simulator.
 
-Hides the physics: SPGR, MPRAGE (IR-SPGR) and spin-echo signal as functions of R1, and what an acquisition adds to the ideal
-image (point spread, correlated Rician noise, bias and gain fields, residual motion). Equations run on NumPy arrays and on
-torch tensors alike (array API). Must never use global random state: the generator is passed in.
+Hides the physics: SPGR, MPRAGE (IR-SPGR) and spin-echo signal as functions of R1, and what an acquisition adds to the
+ideal image (point spread, correlated Rician noise, bias and gain fields, residual motion). Equations run on NumPy
+arrays and on torch tensors alike (array API). Must never use global random state: the generator is passed in.
 
-Sources. SPGR: Ernst and Anderson 1966. MPRAGE: steady state of a train of N low-angle readouts after an inversion every TR,
-as in Deichmann et al., NeuroImage 2000;12:112-127. Tissue constants: Stanisz et al. 2005, Gach 2008, Lu et al. 2004;
-widened, because published white-matter T1 at 3 T spans 0.6 to 1.1 s.
+Sources. SPGR: Ernst and Anderson 1966. MPRAGE: steady state of a train of N low-angle readouts after an inversion
+every TR, as in Deichmann et al., NeuroImage 2000;12:112-127. Tissue constants: Stanisz et al. 2005, Gach 2008, Lu et
+al. 2004; widened, because published white-matter T1 at 3 T spans 0.6 to 1.1 s.
 """
 
 from __future__ import annotations
@@ -59,7 +59,16 @@ TISSUES: dict[str, tuple[float, ...]] = {
     "lesion": (0.80, 0.95, 1.10, 1.50, 1.30, 2.00, 0.06, 0.10),
     "oedema": (0.80, 0.90, 1.15, 1.45, 1.35, 1.75, 0.07, 0.11),
     "necrosis": (0.90, 0.98, 2.0, 3.0, 2.5, 3.5, 0.10, 0.30),
-    "haemorrhage": (0.80, 0.95, 0.35, 0.60, 0.40, 0.70, 0.02, 0.05),  # T1-bright without uptake (also melanin, fat drops)
+    "haemorrhage": (
+        0.80,
+        0.95,
+        0.35,
+        0.60,
+        0.40,
+        0.70,
+        0.02,
+        0.05,
+    ),  # T1-bright without uptake (also melanin, fat drops)
 }
 
 
@@ -80,7 +89,9 @@ def draw_sequence(rng: np.random.Generator) -> Sequence:
         tau, readouts = rng.uniform(0.006, 0.009), int(rng.integers(128, 208))
         ti = rng.uniform(0.8, 1.1)
         tr = max(rng.uniform(1.5, 2.5), ti + tau * readouts * 0.6 + 0.1)
-        return Sequence("MPRAGE", tr, rng.uniform(0.002, 0.004), rng.uniform(7, 12), ti, tau, readouts, rng.uniform(0.9, 1))
+        return Sequence(
+            "MPRAGE", tr, rng.uniform(0.002, 0.004), rng.uniform(7, 12), ti, tau, readouts, rng.uniform(0.9, 1)
+        )
     if kind == "SPGR":
         return Sequence("SPGR", rng.uniform(0.005, 0.012), rng.uniform(0.002, 0.005), rng.uniform(10, 25))
     return Sequence("SE", rng.uniform(0.45, 0.75), rng.uniform(0.008, 0.017))
@@ -112,7 +123,7 @@ def _trig(xp: Any, angle: Any) -> tuple[Any, Any]:
 
 
 def _spgr(xp: Any, sequence: Sequence, r1: Any, angle: Any) -> Any:
-    """sin a (1 - E1) / (1 - cos a E1)."""
+    """Sin a (1 - E1) / (1 - cos a E1)."""
     sine, cosine = _trig(xp, angle)
     e1 = xp.exp(-sequence.tr_s * r1)
     return sine * (1 - e1) / (1 - cosine * e1)

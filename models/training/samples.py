@@ -1,7 +1,8 @@
 """Simulated studies as the network sees them: phantom, then exactly the preprocessing of inference.
 
-Hides where training examples come from and how they are varied. Registration and brain finding are skipped (the phantom is
-aligned up to its residual error and knows its brain); gain, subtraction and noise go through `models.preprocess.compare`.
+Hides where training examples come from and how they are varied. Registration and brain finding are skipped (the
+phantom is aligned up to its residual error and knows its brain); gain, subtraction and noise go through
+`models.preprocess.compare`.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def draw_patch(sample: Sample, size: int, rng: np.random.Generator) -> tuple[Arr
     stack = np.concatenate([sample.images[:, *box], sample.truth[None, *box], sample.brain[None, *box]])
     order = rng.permutation(3)
     stack = stack.astype(np.float32).transpose(0, *(order + 1))
-    stack = np.flip(stack, [axis + 1 for axis in range(3) if rng.uniform() < 0.5])
+    stack = np.flip(stack, tuple(axis + 1 for axis in range(3) if rng.uniform() < 0.5))
     condition = sample.condition.copy()
     spacing_kji = condition[_SPACING : _SPACING + 3][::-1]
     condition[_SPACING : _SPACING + 3] = spacing_kji[order][::-1]

@@ -1,7 +1,7 @@
 """Training: a fixed, seeded schedule over simulated patches, resumable at any checkpoint.
 
-Hides the optimiser, the schedule (constant, then a linear decay over the last fifth, so that a run can be extended) and the
-loss. Writes config.json, log.csv and checkpoint.pt beside each other. Must never look at an evaluation study.
+Hides the optimiser, the schedule (constant, then a linear decay over the last fifth, so that a run can be extended)
+and the loss. Writes config.json, log.csv and checkpoint.pt beside each other. Must never look at an evaluation study.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Config:
     variant: str = "small"
     steps: int = 6000
     batch: int = 4
-    patch: int = 48
+    patch: int = 40
     rate: float = 2e-3
-    keep: int = 160  # simulated blocks held at a time
-    refresh: int = 3  # steps between two new blocks
+    keep: int = 200  # simulated blocks held at a time
+    refresh: int = 6  # steps between two new blocks
     validation: int = 12
     ema: float = 0.998
     seed: int = 1
@@ -56,7 +56,9 @@ class _Run:
     step: int = 0
 
 
-def train(config: Config, out: Path, *, workers: int = 1, every: int = 250, report: Callable[[str], None] = print) -> Path:
+def train(
+    config: Config, out: Path, *, workers: int = 1, every: int = 250, report: Callable[[str], None] = print
+) -> Path:
     """Train, or go on from `out/checkpoint.pt`.
 
     Args:
@@ -132,7 +134,9 @@ def _step(run: _Run, config: Config, held: list[Sample]) -> float:
     rng = np.random.default_rng([config.seed, run.step])
     device = next(run.network.parameters()).device
     patches = [draw_patch(held[int(rng.integers(len(held)))], config.patch, rng) for _ in range(config.batch)]
-    images, truth, brain, condition = (torch.from_numpy(np.stack(part)).to(device) for part in zip(*patches, strict=True))
+    images, truth, brain, condition = (
+        torch.from_numpy(np.stack(part)).to(device) for part in zip(*patches, strict=True)
+    )
     images = images.contiguous(memory_format=torch.channels_last_3d)
     for group in run.optimizer.param_groups:
         group["lr"] = config.rate * _schedule(run.step, config.steps)
@@ -140,7 +144,7 @@ def _step(run: _Run, config: Config, held: list[Sample]) -> float:
         raw, bound = run.network.unbounded(images, condition)
     value = loss(raw.float(), bound.float(), truth, brain)
     run.optimizer.zero_grad(set_to_none=True)
-    value.backward()  # type: ignore[no-untyped-call]
+    value.backward()
     torch.nn.utils.clip_grad_norm_(run.network.parameters(), 0.5)
     run.optimizer.step()
     run.step += 1
@@ -158,8 +162,8 @@ def _schedule(step: int, steps: int) -> float:
 def loss(raw: Tensor, bound: Tensor, truth: Tensor, brain: Tensor) -> Tensor:
     """Charbonnier error of the bounded signal, heavier where there is enhancement, plus what exceeds the bound.
 
-    A squared term over the enhancing voxels keeps the mean unbiased (a slope of 1), where an absolute error alone prefers
-    the median and shrinks weak signals. Outside the brain errors count a third.
+    A squared term over the enhancing voxels keeps the mean unbiased (a slope of 1), where an absolute error alone
+    prefers the median and shrinks weak signals. Outside the brain errors count a third.
 
     Args:
         raw: prediction before the bound.

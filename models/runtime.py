@@ -1,0 +1,170 @@
+"""Engines: from a prepared pair to the contrast signal of the standard dose.
+
+Hides ONNX Runtime (providers, padding, tiles) and the linear engine. Both give a non-negative, finite signal on the
+working grid that is zero outside the support. Must never return a signal that fails its own guards, and never depend
+on whether a volume was tiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import onnxruntime as ort
+from scipy import ndimage
+
+from models.card import Card, ModelError, read_card
+from models.condition import Conditions, vector
+from models.preprocess import Prepared
+from models.volume import Array, Mask
+
+LINEAR_SIGMA_MM = 0.8
+LINEAR_GATE = 2.5  # robust standard deviations of the smoothed subtraction
+BYTES_PER_VOXEL = 700  # peak of the small network, measured
+Progress = Callable[[float], None]
+Box = tuple[slice, slice, slice]
+
+
+class OutputError(ValueError):
+    """The signal is not finite or not within the bound."""
+
+
+class UnknownDoseError(ValueError):
+    """The linear engine divides by the dose and has none."""
+
+
+class Engine(Protocol):
+    """What turns a prepared pair into a signal."""
+
+    @property
+    def name(self) -> str:
+        """Short name for reports: the model id or `linear`."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 that identifies the computation."""
+
+    def predict(self, prepared: Prepared, conditions: Conditions, progress: Progress = lambda _: None) -> Array:
+        """Contrast signal of the standard dose on the working grid, (k, j, i), white matter = 1."""
+
+
+@dataclass(frozen=True)
+class LinearEngine:
+    """The baseline: subtraction smoothed with a 0.8 mm Gaussian, gated by noise, divided by the dose fraction."""
+
+    name: str = "linear"
+    digest: str = "linear-1"
+
+    def predict(self, prepared: Prepared, conditions: Conditions, progress: Progress = lambda _: None) -> Array:
+        """See `Engine`.
+
+        Raises:
+            UnknownDoseError: dose or agent is unknown.
+        """
+        if conditions.dose_fraction is None:
+            raise UnknownDoseError("the linear engine needs dose and agent")
+        subtraction = prepared.comparison.subtraction
+        signal = linear(subtraction, prepared.brain, prepared.pre.spacing_mm, conditions.dose_fraction)
+        progress(1.0)
+        return _guard(signal * prepared.support)
+
+
+def linear(subtraction: Array, brain: Mask, spacing_mm: tuple[float, float, float], dose_fraction: float) -> Array:
+    """Smoothed, gated linear amplification; arrays (k, j, i), spacing along i, j, k."""
+    smooth = ndimage.gaussian_filter(subtraction, [LINEAR_SIGMA_MM / s for s in spacing_mm[::-1]])
+    inside = smooth[brain]
+    sigma = 1.4826 * float(np.median(np.abs(inside - np.median(inside))))
+    return np.where(smooth > LINEAR_GATE * sigma, smooth / dose_fraction, 0).astype(np.float32)
+
+
+class NetworkEngine:
+    """An exported network under ONNX Runtime: CUDA where there is one, else CPU; whole volume where memory allows."""
+
+    def __init__(self, folder: Path, *, memory_bytes: int = 3 << 30, threads: int = 0) -> None:
+        """Load a model folder.
+
+        Args:
+            folder: holds card.toml and model.onnx.
+            memory_bytes: what activations may take; larger volumes are tiled.
+            threads: of the CPU provider; 0 is all cores.
+
+        Raises:
+            ModelError: the folder fails a check or ONNX Runtime cannot load the network.
+        """
+        self.card: Card = read_card(folder)
+        self._memory_bytes = memory_bytes
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
+        available = [p for p in wanted if p in ort.get_available_providers()]
+        try:
+            self._session = ort.InferenceSession(str(self.card.model_path), options, providers=available)
+        except Exception as error:
+            raise ModelError(f"ONNX Runtime cannot load model {self.card.id}: {type(error).__name__}") from error
+
+    @property
+    def name(self) -> str:
+        """The model id."""
+        return self.card.id
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of model.onnx."""
+        return self.card.sha256
+
+    @property
+    def provider(self) -> str:
+        """The execution provider in use."""
+        return str(self._session.get_providers()[0])
+
+    def predict(self, prepared: Prepared, conditions: Conditions, progress: Progress = lambda _: None) -> Array:
+        """See `Engine`.
+
+        Raises:
+            OutputError: the network gave a value that is not finite or negative.
+        """
+        comparison = prepared.comparison
+        images = np.stack([comparison.subtraction, prepared.pre.voxels, comparison.sigma_map])
+        return _guard(self.run(images, vector(conditions), progress) * prepared.support)
+
+    def run(self, images: Array, condition: Array, progress: Progress = lambda _: None) -> Array:
+        """The network alone: images (3, k, j, i) and condition vector to signal (k, j, i)."""
+        stride = self.card.stride
+        shape = images.shape[1:]
+        padded = np.pad(images, [(0, 0), *((0, -n % stride) for n in shape)], mode="edge")
+        out = np.zeros(padded.shape[1:], np.float32)
+        tiles = list(self._tiles(padded.shape[1:]))
+        for count, (read, write, core) in enumerate(tiles, 1):
+            feed = {"images": np.ascontiguousarray(padded[:, *read][None]), "condition": condition[None]}
+            out[write] = self._session.run(["signal"], feed)[0][0, 0][core]
+            progress(count / len(tiles))
+        return out[tuple(slice(0, n) for n in shape)]
+
+    def _tiles(self, shape: tuple[int, ...]) -> Iterator[tuple[Box, Box, Box]]:
+        """(read, write, core of what was read) boxes that cover the volume; one box where memory allows.
+
+        The largest halo-free core that fits is chosen; halves of the longest side until it does.
+        """
+        stride, halo = self.card.stride, self.card.halo_voxels
+        limit = self._memory_bytes / BYTES_PER_VOXEL
+        core = list(shape)
+        while np.prod([min(c + 2 * halo, n) for c, n in zip(core, shape, strict=True)]) > limit and max(core) > 16:
+            longest = int(np.argmax(core))
+            core[longest] = -(-core[longest] // 2 // stride) * stride
+        for start in np.ndindex(*(-(-n // c) for n, c in zip(shape, core, strict=True))):
+            write = [slice(s * c, min(s * c + c, n)) for s, c, n in zip(start, core, shape, strict=True)]
+            read = [slice(max(0, w.start - halo), min(n, w.stop + halo)) for w, n in zip(write, shape, strict=True)]
+            inner = [slice(w.start - r.start, w.stop - r.start) for w, r in zip(write, read, strict=True)]
+            yield tuple(read), tuple(write), tuple(inner)  # type: ignore[misc]
+
+
+def _guard(signal: Array) -> Array:
+    if not np.isfinite(signal).all():
+        raise OutputError("the signal is not finite")
+    if float(signal.min()) < 0:
+        raise OutputError("the signal is negative")
+    return signal.astype(np.float32)

@@ -1,0 +1,105 @@
+"""Evaluation on studies that no training run saw: the network, the linear engine and the raw linear amplification.
+
+Hides the metrics of contrast enhancement. Errors are measured where contrast matters (the true enhancement) and where
+it must not appear (brain that does not enhance), never over the whole head, where deleting a tumour improves the
+score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from models.runtime import linear
+from models.training.phantom import draw_scenario
+from models.training.samples import Sample, make_sample
+from models.volume import Array, Mask
+
+TEST_SEED = 500_000_000  # of phantoms; training and validation draw from other ranges
+ENHANCING, QUIET, FALSE = 0.1, 0.01, 0.1  # of white matter
+
+Method = Callable[[Sample], Array]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Metrics of one method on one study. Signals in units of white matter."""
+
+    ce_error: float  # mean |y - truth| where the truth enhances
+    slope: float  # of y on truth there
+    intercept: float
+    false_per_ml: float  # voxels with y > 0.1 per mL of brain that does not enhance
+
+
+def score(signal: Array, truth: Array, brain: Mask, voxel_ml: float) -> Score | None:
+    """Compare a predicted with the true enhancement, arrays (k, j, i); None where nothing enhances."""
+    enhancing, quiet = brain & (truth > ENHANCING), brain & (truth < QUIET)
+    if enhancing.sum() < 30 or not quiet.any():
+        return None
+    slope, intercept = np.polyfit(truth[enhancing], signal[enhancing], 1)
+    return Score(
+        float(np.abs(signal - truth)[enhancing].mean()),
+        float(slope),
+        float(intercept),
+        float((signal[quiet] > FALSE).sum() / (quiet.sum() * voxel_ml)),
+    )
+
+
+def held_out(count: int, dose_fraction: float, side: int = 96) -> list[Sample]:
+    """Simulated studies of fixed seeds at one dose fraction, everything else drawn as in training."""
+    samples: list[Sample] = []
+    seed = TEST_SEED
+    while len(samples) < count:
+        scenario = replace(draw_scenario(np.random.default_rng(seed)), dose_fraction=dose_fraction)
+        sample = make_sample(seed, scenario=scenario, shape=(side, side, side))
+        if sample is not None:
+            samples.append(sample)
+        seed += 1
+    return samples
+
+
+def linear_method(sample: Sample) -> Array:
+    """The linear engine."""
+    subtraction = sample.images[0].astype(np.float32)
+    return linear(subtraction, sample.brain, sample.scenario.spacing_mm, sample.scenario.dose_fraction)
+
+
+def raw_method(sample: Sample) -> Array:
+    """Subtraction over dose, nothing else."""
+    return np.maximum(sample.images[0].astype(np.float32) / sample.scenario.dose_fraction, 0)
+
+
+def compare_methods(
+    samples: Sequence[Sample], methods: dict[str, Method]
+) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """Per method and metric: the mean over studies and its 95 % bootstrap interval (studies resampled)."""
+    out = {}
+    for name, method in methods.items():
+        scores = [s for s in (_score_sample(sample, method) for sample in samples) if s is not None]
+        out[name] = {metric: interval([getattr(s, metric) for s in scores]) for metric in Score.__dataclass_fields__}
+    return out
+
+
+def _score_sample(sample: Sample, method: Method) -> Score | None:
+    voxel_ml = float(np.prod(sample.scenario.spacing_mm)) / 1000
+    return score(method(sample), sample.truth.astype(np.float32), sample.brain, voxel_ml)
+
+
+def interval(values: Sequence[float], rounds: int = 2000) -> tuple[float, float, float]:
+    """Mean, and 2.5 and 97.5 percentiles of the means of `rounds` seeded resamples."""
+    data = np.asarray(values)
+    picks = np.random.default_rng(0).integers(len(data), size=(rounds, len(data)))
+    low, high = np.quantile(data[picks].mean(axis=1), [0.025, 0.975])
+    return float(data.mean()), float(low), float(high)
+
+
+def paired_ratio(samples: Sequence[Sample], method: Method, reference: Method) -> tuple[float, float, float]:
+    """Ratio of the mean CE errors of two methods on the same studies, with its 95 % bootstrap interval."""
+    pairs = [(_score_sample(s, method), _score_sample(s, reference)) for s in samples]
+    errors = np.array([(a.ce_error, b.ce_error) for a, b in pairs if a is not None and b is not None])
+    picks = np.random.default_rng(0).integers(len(errors), size=(2000, len(errors)))
+    means = errors[picks].mean(axis=1)
+    low, high = np.quantile(means[:, 0] / means[:, 1], [0.025, 0.975])
+    return float(errors[:, 0].mean() / errors[:, 1].mean()), float(low), float(high)
