@@ -242,5 +242,7 @@ def _looks_t1(header: Dataset) -> bool:
         return 300 <= inversion_ms <= 1500 and echo_ms <= 30
     if "SE" in sequence or "SPIN" in sequence:
         return repetition_ms <= 1300 and echo_ms <= 35
-    is_prepared = "IR" in sequence or "MP" in _texts(header, "SequenceVariant")
+    is_prepared = (
+        "IR" in sequence or "YES" in _texts(header, "InversionRecovery") or "MP" in _texts(header, "SequenceVariant")
+    )
     return echo_ms <= 12 and repetition_ms <= (3500 if is_prepared else 60)

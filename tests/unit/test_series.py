@@ -29,7 +29,9 @@ def enhanced(datasets: list[Dataset]) -> Dataset:
     shared.PlaneOrientationSequence = [item(datasets[0], "ImageOrientationPatient")]
     shared.PixelMeasuresSequence = [item(datasets[0], "PixelSpacing")]
     shared.MRTimingAndRelatedParametersSequence = [item(datasets[0], "RepetitionTime")]
-    echo = Dataset()
+    echo, preparation = Dataset(), Dataset()
+    preparation.InversionRecovery = "YES"
+    shared.MRModifierSequence = [preparation]
     echo.EffectiveEchoTime = float(datasets[0].EchoTime)
     shared.MREchoSequence = [echo]
     for dataset in datasets:
