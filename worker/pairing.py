@@ -17,7 +17,7 @@ from pydicom.dataset import Dataset
 from models.agents import find_agent
 from service.core.errors import Permanent, Reason
 from worker.planes import items, number, numbers, texts
-from worker.study import MIN_SLICES, Series, Study, axes
+from worker.study import Series, Study, axes
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def _why_not_t1(series: Series) -> str:
         return "derived, projected, phase or localizer images"
     if words & _OTHER_KINDS or ("flair" in words and "t1" not in words):
         return "named as another kind of image"
-    if len(series.planes) < MIN_SLICES:
+    if len(series.planes) <= 3:  # one per orientation; a volume with slices missing is refused as such, not overlooked
         return "too few slices"
     return "" if _has_t1_timing(header) else "echo or repetition time is not that of a T1 sequence"
 

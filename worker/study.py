@@ -1,7 +1,8 @@
 """A study: files become series, and series become volumes.
 
-Hides grouping, the order of slices and what makes a series one regular volume (PS3.3 C.7.6.2.1.1). Must never let
-through what is not one study of one patient, or images that lowgad made.
+Hides grouping and the order of slices (PS3.3 C.7.6.2.1.1); what makes a series one whole regular volume is decided in
+`service.core.series`, as for intake. Must never let through what is not one study of one patient, or images that lowgad
+made.
 """
 
 from __future__ import annotations
@@ -18,20 +19,10 @@ from pydicom.dataset import Dataset
 
 from models.volume import Volume
 from service.core.errors import Permanent, Reason
+from service.core.series import STEP_TOLERANCE, Fault, HeaderSummary, geometry_faults
 from worker.planes import Instance, Plane, number, numbers, read_instance, texts
 
 PRODUCT_NAME = "lowgad"
-
-_DISTANCE_TOLERANCE = 0.05  # of the distance between slices; scanners round positions to 0.001..0.05 mm
-MIN_SLICES = 3
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Why a series is not one whole regular volume."""
-
-    reason: Reason
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -183,56 +174,27 @@ def _grouped(instances: Sequence[Instance]) -> Iterable[Series]:
 
 
 def _series(series_uid: str, planes: list[Plane]) -> Series:
-    """Sort the planes along their normal and say what keeps them from being one regular volume."""
-    fault = _unlike_planes(planes)
+    """Sort the planes along their normal, or say what keeps them from being one regular volume."""
+    fault = next(iter(geometry_faults([HeaderSummary.of(plane.header) for plane in planes])), None)
+    fault = fault or _impossible(planes)
     if fault:
         return Series(series_uid, tuple(planes), fault)
-    row, column = axes(planes[0].header)
-    normal = np.cross(row, column)
-    positions = np.array([numbers(plane.header, "ImagePositionPatient") for plane in planes])
-    order = np.argsort(positions @ normal, kind="stable")
-    return Series(series_uid, tuple(planes[n] for n in order), _uneven(planes[0].header, positions[order], normal))
+    normal = np.cross(*axes(planes[0].header))
+    heights = np.array([numbers(plane.header, "ImagePositionPatient") for plane in planes]) @ normal
+    ordered = tuple(planes[n] for n in np.argsort(heights))
+    return Series(
+        series_uid, ordered, _every_other_missing(planes[0].header, float(np.ptp(heights)) / (len(planes) - 1))
+    )
 
 
-def _unlike_planes(planes: Sequence[Plane]) -> Fault | None:
-    """Planes without position, or that differ in what all planes of a volume share."""
-    headers = [plane.header for plane in planes]
-    sizes = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}
-    for keyword, size in sizes.items():
-        missing = sum(len(numbers(header, keyword)) != size for header in headers)
-        if missing:
-            return Fault(Reason.IRREGULAR_GEOMETRY, f"{missing} of {len(planes)} slices have no {keyword}")
+def _impossible(planes: Sequence[Plane]) -> Fault | None:
     if len({plane.unit for plane in planes}) > 1:
         return Fault(Reason.IRREGULAR_GEOMETRY, "slices are scaled in different ways")
-    for keyword, tolerance in (("Rows", 0), ("Columns", 0), ("PixelSpacing", 1e-3), ("ImageOrientationPatient", 1e-3)):
-        values = np.array([numbers(header, keyword) for header in headers])
-        if np.ptp(values, axis=0).max() > tolerance:
-            return Fault(Reason.IRREGULAR_GEOMETRY, f"slices differ in {keyword}")
-    row, column = axes(headers[0])
+    row, column = axes(planes[0].header)
     lengths = np.abs([row @ row - 1, column @ column - 1, row @ column])
-    if lengths.max() > 1e-2 or min(numbers(headers[0], "PixelSpacing")) <= 0:
+    if lengths.max() > 1e-2 or min(numbers(planes[0].header, "PixelSpacing")) <= 0:
         return Fault(Reason.IRREGULAR_GEOMETRY, "ImageOrientationPatient or PixelSpacing is impossible")
     return None
-
-
-def _uneven(header: Dataset, positions: npt.NDArray[np.float64], normal: npt.NDArray[np.float64]) -> Fault | None:
-    """Doubled, missing or unevenly placed slices among sorted positions (slice, xyz)."""
-    if len(positions) < MIN_SLICES:
-        return Fault(Reason.MISSING_SLICES, f"only {len(positions)} slices")
-    distances = np.diff(positions @ normal)
-    step = float(np.median(distances))
-    doubled = int((distances < _DISTANCE_TOLERANCE * max(step, 1e-3)).sum())
-    if doubled:
-        return Fault(Reason.IRREGULAR_GEOMETRY, f"{doubled} slices lie where another one lies")
-    steps = np.rint(distances / step)
-    absent = int((steps - 1).clip(0).sum())
-    if absent:
-        return Fault(Reason.MISSING_SLICES, f"{absent} slices missing between {len(positions)} present")
-    ideal = positions[0] + np.linspace(0, 1, len(positions))[:, None] * (positions[-1] - positions[0])
-    sheared = np.linalg.norm(np.cross(positions[-1] - positions[0], normal)) > 0.01 * distances.sum()
-    if sheared or np.linalg.norm(positions - ideal, axis=1).max() > _DISTANCE_TOLERANCE * step:
-        return Fault(Reason.IRREGULAR_GEOMETRY, "slices are not evenly spaced along their normal")
-    return _every_other_missing(header, step)
 
 
 def _every_other_missing(header: Dataset, step_mm: float) -> Fault | None:
@@ -244,7 +206,7 @@ def _every_other_missing(header: Dataset, step_mm: float) -> Fault | None:
     if not stated or not thickness or stated <= 0:
         return None
     ratio = step_mm / stated
-    if round(ratio) >= 2 and abs(ratio - round(ratio)) < _DISTANCE_TOLERANCE and step_mm > 1.5 * thickness:
+    if round(ratio) >= 2 and abs(ratio - round(ratio)) < STEP_TOLERANCE and step_mm > 1.5 * thickness:
         return Fault(Reason.MISSING_SLICES, f"only every {round(ratio)}. slice is present")
     return None
 

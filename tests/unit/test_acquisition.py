@@ -15,7 +15,7 @@ from worker.study import read_study
 
 
 def acquired(folder: Path, **options: Any) -> Acquisition:
-    return read_acquisition(choose_pair(read_study(write_study(folder, slices=3, rows=6, columns=6, **options))))
+    return read_acquisition(choose_pair(read_study(write_study(folder, rows=6, columns=6, **options))))
 
 
 @pytest.mark.parametrize(
