@@ -8,6 +8,7 @@ is stored in the ledger. It only decides *when* to start; the worker decides fro
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -192,10 +193,8 @@ def _value(header: Dataset, keyword: str) -> Any:  # the type is the element's
 
 def _number(header: Dataset, *keywords: str) -> float | None:
     for value in (_value(header, keyword) for keyword in keywords):
-        try:
-            return None if value is None else float(value)
-        except (TypeError, ValueError):
-            continue
+        with contextlib.suppress(TypeError, ValueError):  # TypeError: absent, or several values
+            return float(value)
     return None
 
 
