@@ -71,6 +71,7 @@ class Study:
     study_uid: str
     series: tuple[Series, ...]
     ignored: tuple[str, ...] = ()
+    series_numbers: frozenset[int] = frozenset()  # of everything in the study, images or not
 
 
 def find_files(folder: Path) -> list[Path]:
@@ -120,7 +121,8 @@ def read_study(paths: Iterable[Path], progress: Callable[[int, int], None] | Non
     if not images:
         raise Permanent(Reason.NOT_MR, "; ".join(_others(instances)))
     series = sorted(_grouped(images), key=lambda one: (number(one.header, "SeriesNumber") or 0, one.series_uid))
-    return Study(str(images[0].header.StudyInstanceUID), tuple(series), tuple(_others(instances)))
+    numbers_in_use = frozenset(int(number(instance.header, "SeriesNumber") or 0) for instance in instances)
+    return Study(str(images[0].header.StudyInstanceUID), tuple(series), tuple(_others(instances)), numbers_in_use)
 
 
 def _refuse_mixture(instances: Sequence[Instance]) -> None:

@@ -1,0 +1,224 @@
+"""Which attribute a derived image takes from where: one table, applied and printed.
+
+Hides the module tables of classic MR Image Storage (PS3.3 A.4) and the rules for derived images (C.7.6.1.1.2). An image
+is built from this table alone, so that what it does not name cannot leak from a source; `render_table` prints it for
+the conformance statement. Must never let the simulated dose stand where the injected dose belongs (C.7.6.4).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset
+from pydicom.multival import MultiValue
+from pydicom.sequence import Sequence
+from pydicom.tag import BaseTag, Tag
+from pydicom.uid import MRImageStorage
+from pydicom.valuerep import VR, format_number_as_ds
+
+from worker.study import PRODUCT_NAME
+
+INSTANCE_CREATOR_UID = "2.25.129812984864173981408840055848352892878"
+
+
+class Action(Enum):
+    """Where the value of an attribute comes from."""
+
+    COPY = "COPY"  # verbatim from the slice that the signal was added to
+    COPY_LOW = "COPY (low dose)"  # verbatim from the low-dose series: what was really injected
+    SET = "SET"  # a constant
+    DERIVE = "DERIVE"  # computed for this image
+    REMOVE = "REMOVE"  # deliberately absent
+
+
+@dataclass(frozen=True)
+class Row:
+    """One attribute of a derived image."""
+
+    keyword: str
+    action: Action
+    why: str
+    reference: str  # part of PS3.3
+    value: Any = None  # of SET; of COPY, what is written where the source has nothing ("" for type 2, None for nothing)
+
+
+def _copy(keywords: str, why: str, reference: str, *, otherwise: str | None = None) -> list[Row]:
+    return [Row(keyword, Action.COPY, why, reference, otherwise) for keyword in keywords.split()]
+
+
+def _copy_low(keywords: str, why: str, reference: str) -> list[Row]:
+    return [Row(keyword, Action.COPY_LOW, why, reference) for keyword in keywords.split()]
+
+
+def _derive(keywords: str, why: str, reference: str) -> list[Row]:
+    return [Row(keyword, Action.DERIVE, why, reference) for keyword in keywords.split()]
+
+
+def _remove(keywords: str, why: str, reference: str) -> list[Row]:
+    return [Row(keyword, Action.REMOVE, why, reference) for keyword in keywords.split()]
+
+
+TABLE: tuple[Row, ...] = (
+    *_derive("SpecificCharacterSet", "that of the source; ISO_IR 192 where the two series differ", "C.12.1"),
+    *_copy("TimezoneOffsetFromUTC", "our own times are written in the same zone", "C.12.1"),
+    *_copy("PatientName PatientID PatientBirthDate PatientSex", "same patient", "C.7.1.1", otherwise=""),
+    *_copy("IssuerOfPatientID IssuerOfPatientIDQualifiersSequence PatientIdentityRemoved DeidentificationMethod"
+           " DeidentificationMethodCodeSequence QualityControlSubject", "same patient", "C.7.1.1"),
+    *_copy("PatientAge PatientSize PatientWeight", "same patient at the time of the study", "C.7.2.2"),
+    *_copy("ClinicalTrialSponsorName ClinicalTrialProtocolID ClinicalTrialProtocolName ClinicalTrialSiteID"
+           " ClinicalTrialSiteName ClinicalTrialSubjectID ClinicalTrialSubjectReadingID", "same trial", "C.7.1.3"),
+    *_copy("StudyInstanceUID", "the derived series belongs to the study", "C.7.2.1"),
+    *_copy("StudyID StudyDate StudyTime AccessionNumber ReferringPhysicianName", "same study", "C.7.2.1", otherwise=""),
+    *_copy("StudyDescription IssuerOfAccessionNumberSequence ProcedureCodeSequence", "same study", "C.7.2.1"),
+    *_copy("FrameOfReferenceUID", "no voxel has moved", "C.7.4.1"),
+    *_copy("PositionReferenceIndicator", "no voxel has moved", "C.7.4.1", otherwise=""),
+    *_copy("PatientPosition", "no voxel has moved", "C.7.3.1", otherwise=""),
+    *_copy("BodyPartExamined", "stands in for Laterality; BRAIN where the source has none", "C.7.3.1",
+           otherwise="BRAIN"),
+    *_copy("ImagePositionPatient ImageOrientationPatient PixelSpacing", "the same digits: no voxel has moved",
+           "C.7.6.2"),
+    *_copy("SliceThickness", "same slice", "C.7.6.2", otherwise=""),
+    *_copy("SpacingBetweenSlices SliceLocation", "same slice", "C.7.6.2, C.8.3.1"),
+    *_copy("Rows Columns", "same matrix", "C.7.6.3"),
+    *_copy("ScanningSequence SequenceVariant", "how the source was acquired", "C.8.3.1"),
+    *_copy("ScanOptions MRAcquisitionType RepetitionTime EchoTime EchoTrainLength", "how the source was acquired",
+           "C.8.3.1", otherwise=""),
+    *_copy("InversionTime FlipAngle MagneticFieldStrength ImagingFrequency ImagedNucleus NumberOfAverages",
+           "how the source was acquired", "C.8.3.1"),
+    *_copy("AcquisitionDate AcquisitionTime", "when the source was acquired", "C.7.6.1"),
+    *_copy("AcquisitionNumber", "when the source was acquired", "C.7.6.1", otherwise=""),
+    *_derive("ContrastBolusAgent", "the agent really injected, as the low-dose series writes it", "C.7.6.4"),
+    *_derive("ContrastBolusAgentSequence", "the codes of the agent really injected", "C.7.6.4"),
+    *_copy_low("ContrastBolusRoute ContrastBolusVolume ContrastBolusStartTime ContrastBolusStopTime"
+               " ContrastBolusTotalDose ContrastFlowRate ContrastFlowDuration ContrastBolusIngredient"
+               " ContrastBolusIngredientConcentration",
+               "what was really injected: the simulated dose never stands here", "C.7.6.4"),
+    Row("SOPClassUID", Action.SET, "classic MR, also for Enhanced input", "C.12.1", MRImageStorage),
+    *_derive("SOPInstanceUID SeriesInstanceUID", "the same input, model and configuration give the same UIDs",
+             "C.12.1, C.7.3.1"),
+    Row("ImageType", Action.SET, "derived, and not by the scanner", "C.7.6.1.1.2, C.8.3.1.1.1",
+        ["DERIVED", "SECONDARY", "OTHER", "AI_SYNTH"]),
+    Row("SyntheticData", Action.SET, "part of the content was made artificially", "C.12.1", "YES"),
+    Row("ContentQualification", Action.SET, "not an approved product", "C.8.13.2.1.1", "RESEARCH"),
+    Row("InstanceCreatorUID", Action.SET, "this product", "C.12.1", INSTANCE_CREATOR_UID),
+    Row("Modality", Action.SET, "", "C.7.3.1", "MR"),
+    Row("Manufacturer", Action.SET, "who made this image; the scanner is contributing equipment", "C.7.5.1",
+        PRODUCT_NAME),
+    Row("ManufacturerModelName", Action.SET, "who made this image", "C.7.5.1", PRODUCT_NAME),
+    *_derive("SoftwareVersions", "service version, model and the start of the model's SHA-256", "C.7.5.1"),
+    *_derive("SeriesNumber", "unused in the study, above 9000; another for each kind", "C.7.3.1"),
+    *_derive("InstanceNumber", "1..N by slice position", "C.7.6.1"),
+    *_derive("SeriesDescription", "says that the images were not acquired", "C.7.3.1"),
+    *_derive("InstanceCreationDate InstanceCreationTime SeriesDate SeriesTime ContentDate ContentTime",
+             "when the image was made", "C.12.1, C.7.3.1, C.7.6.1"),
+    *_derive("DerivationDescription DerivationCodeSequence", "how the image was made", "C.7.6.1"),
+    *_derive("SourceImageSequence", "the slice the signal was added to, and its partner", "C.7.6.1"),
+    *_derive("ReferencedSeriesSequence", "the series of those two slices", "C.12.2"),
+    *_derive("ContributingEquipmentSequence", "the scanner, and this product", "C.12.1.1.5"),
+    Row("BurnedInAnnotation", Action.SET, "no identifying text is burned in", "C.7.6.1", "NO"),
+    Row("RecognizableVisualFeatures", Action.SET, "a head", "C.7.6.1", "YES"),
+    *_derive("LossyImageCompression LossyImageCompressionRatio LossyImageCompressionMethod",
+             "once lossy, always lossy", "C.7.6.1.1.5"),
+    Row("PresentationLUTShape", Action.SET, "", "C.11.6", "IDENTITY"),
+    Row("SamplesPerPixel", Action.SET, "", "C.7.6.3", 1),
+    Row("PhotometricInterpretation", Action.SET, "", "C.7.6.3", "MONOCHROME2"),
+    Row("BitsAllocated", Action.SET, "", "C.7.6.3", 16),
+    Row("BitsStored", Action.SET, "room for the sum", "C.7.6.3", 16),
+    Row("HighBit", Action.SET, "", "C.7.6.3", 15),
+    *_derive("PixelRepresentation", "that of the source", "C.7.6.3"),
+    *_derive("PixelData", "stored values of the source plus the signal; identical where nothing was added", "C.7.6.3"),
+    *_derive("SmallestImagePixelValue LargestImagePixelValue", "of this slice", "C.7.6.3"),
+    *_derive("WindowCenter WindowWidth", "one window for the series", "C.11.2"),
+    *_derive("PrivateDataElementCharacteristicsSequence", "the private block identifies nobody", "C.12.1"),
+    *_remove("RescaleSlope RescaleIntercept RescaleType RealWorldValueMappingSequence", "not in this IOD", "A.4"),
+    *_remove("PixelPaddingValue PixelPaddingRangeLimit SmallestPixelValueInSeries LargestPixelValueInSeries"
+             " IconImageSequence", "describes the source's pixels", "C.7.6.3"),
+    *_remove("ProtocolName SequenceName", "hanging protocols must not take the image for an acquired one", "C.7.3.1"),
+    *_remove("Laterality", "an unpaired organ", "C.7.3.1"),
+    *_remove("OperatorsName PerformingPhysicianName InstitutionName StationName DeviceSerialNumber",
+             "people and equipment of the acquisition; the scanner is contributing equipment", "C.7.3.1, C.7.5.1"),
+    *_remove("PerformedProcedureStepID PerformedProcedureStepStartDate PerformedProcedureStepStartTime"
+             " ReferencedPerformedProcedureStepSequence RequestAttributesSequence",
+             "another procedure step; AccessionNumber keeps the order", "C.7.3.1"),
+    *_remove("SAR dBdt B1rms TriggerTime TemporalPositionIdentifier NumberOfTemporalPositions",
+             "properties of the acquisition", "C.8.3.1"),
+    *_remove("DigitalSignaturesSequence MACParametersSequence EncryptedAttributesSequence OriginalAttributesSequence",
+             "about another data set", "C.12.1"),
+    *_remove("ReferencedImageSequence ImageComments PatientComments", "not needed", "C.7.6.1, C.7.1.1"),
+)  # fmt: skip
+
+
+def render_table() -> str:
+    """The table as Markdown, for the conformance statement."""
+    lines = ["| Attribute | Tag | Value from | Why | PS3.3 |", "|---|---|---|---|---|"]
+    for row in TABLE:
+        tag = _tag(row.keyword)
+        constant = row.value if isinstance(row.value, list) else [row.value]
+        said = f" `{chr(92).join(map(str, constant))}`" if row.action is Action.SET else ""
+        name = f"({tag.group:04X},{tag.element:04X})"
+        lines.append(f"| {row.keyword} | {name} | {row.action.value}{said} | {row.why} | {row.reference} |")
+    return "\n".join(lines) + "\n"
+
+
+def fill_table(header: Dataset, low_header: Dataset, values: Mapping[str, Any]) -> Dataset:
+    """A data set with what the table says, and nothing else.
+
+    Args:
+        header: of the slice that the signal was added to.
+        low_header: of the low-dose series.
+        values: by keyword, for every DERIVE row; None leaves the attribute out.
+    """
+    instance = Dataset()
+    for row in TABLE:
+        if row.action in (Action.COPY, Action.COPY_LOW):
+            _copy_element(instance, header if row.action is Action.COPY else low_header, row)
+        elif row.action is Action.SET:
+            setattr(instance, row.keyword, row.value)
+        elif row.action is Action.DERIVE and values[row.keyword] is not None:
+            _set(instance, row.keyword, values[row.keyword])
+    return instance
+
+
+def _copy_element(instance: Dataset, header: Dataset, row: Row) -> None:
+    element = header.get(_tag(row.keyword))
+    if element is None or element.is_empty:
+        if row.value is not None:
+            setattr(instance, row.keyword, row.value)
+        return
+    value = element.value
+    if element.VR == VR.DS:
+        value = [_short(item) for item in (value if isinstance(value, MultiValue) else [value])]
+    elif element.VR == VR.SQ:
+        value = without_private(value)
+    instance[row.keyword] = DataElement(element.tag, element.VR, value)
+
+
+def _short(value: object) -> str:
+    """A decimal string as the source writes it; shortened only when it is longer than the 16 bytes of a DS."""
+    text = str(value)
+    return text if len(text) <= 16 else format_number_as_ds(float(text))
+
+
+def without_private(sequence: Sequence) -> Sequence:
+    """A copy of a sequence without private elements."""
+    kept = copy.deepcopy(sequence)
+    for item in kept:
+        item.remove_private_tags()
+    return kept
+
+
+def _set(instance: Dataset, keyword: str, value: Any) -> None:
+    """Set an element; pixel values take the VR that PixelRepresentation asks for."""
+    representation = {"US or SS": VR.SS if instance.get("PixelRepresentation") else VR.US, "OB or OW": VR.OW}
+    vr = dictionary_VR(keyword)
+    instance[keyword] = DataElement(_tag(keyword), representation.get(vr, vr), value)
+
+
+def _tag(keyword: str) -> BaseTag:
+    return Tag(keyword)
