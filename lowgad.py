@@ -1,14 +1,234 @@
-"""The command line, and the only place where service, worker and models meet."""
+"""The command line, and the only place where service, worker and models meet.
+
+Hides how the parts are put together: settings are read here, once, and handed down. Must never hold logic of its own.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import click
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from models.runtime import Engine
+    from service.core.ledger import Ledger
+    from service.core.settings import Settings
+
+supervised_option = click.option("--supervised", is_flag=True, hidden=True, help="Started by `lowgad up`.")
 
 
 @click.group()
 @click.version_option(package_name="lowgad")
 def main() -> None:
     """Predict standard-dose contrast enhancement from reduced-dose brain MRI. Research use only."""
+
+
+@main.command()
+@click.option("--data-dir", type=click.Path(path_type=Path), help="Folder for everything that is kept.")
+def up(data_dir: Path | None) -> None:
+    """Run everything on this machine: listener, web interface and workers."""
+    from service.core import telemetry
+    from service.supervisor import Child, StartError, supervise
+
+    telemetry.configure()
+    environ = dict(os.environ) | ({"LOWGAD_DATA_DIR": str(data_dir)} if data_dir else {})
+    settings = _settings(environ)
+    _open_ledger(settings).close()
+    command = [sys.executable, "-m", "lowgad"]
+    children = [
+        Child("listener", [*command, "listen", "--supervised"], port_variable="LOWGAD_LISTEN_PORT"),
+        Child("web", [*command, "api", "--supervised"], port_variable="LOWGAD_API_PORT"),
+        Child("process", [*command, "work", "--queue", "process", "--supervised"]),
+        Child("deliver", [*command, "work", "--queue", "deliver", "--supervised"]),
+    ]
+
+    def announce(ports: Mapping[str, int | None]) -> None:
+        click.echo(f"DICOM   {settings.ae_title}@{settings.listen_host}:{ports['listener']}")
+        click.echo(f"Web     http://{settings.api_host}:{ports['web']}/")
+        click.echo(f"Data    {settings.data_dir.absolute()}")
+        click.echo("lowgad is ready")
+
+    try:
+        supervise(children, environ, announce, _stop_on_signal())
+    except StartError as error:
+        raise click.ClickException(str(error)) from None
+
+
+@main.command()
+@supervised_option
+def listen(*, supervised: bool) -> None:
+    """Receive DICOM and start jobs."""
+    from service.core import telemetry
+    from service.core.queue import make_celery
+    from service.core.spool import Spool
+    from service.intake import Intake
+    from service.listener import Listener
+    from service.supervisor import report_ready
+
+    telemetry.configure()
+    settings, stop = _settings(os.environ), _stop_on_signal(supervised=supervised)
+    spool = Spool(settings.spool_dir, settings.disk_low_bytes)
+    with _open_ledger(settings) as ledger:
+        intake = Intake(settings, ledger, spool, make_celery(settings))
+        listener = Listener(settings, intake, spool)
+        try:
+            port = listener.start()
+        except OSError as error:
+            where = f"{settings.listen_host}:{settings.listen_port}"
+            raise click.ClickException(f"cannot listen on {where}: {error.strerror}") from None
+        report_ready(sys.stdout, port)
+        intake.sweep_until(stop)
+        listener.stop()
+
+
+@main.command()
+@supervised_option
+def api(*, supervised: bool) -> None:
+    """Serve the REST interface and the dashboard."""
+    import socket
+
+    import uvicorn
+
+    from service.api import create_app
+    from service.core import telemetry
+    from service.core.queue import make_celery
+    from service.core.spool import Spool
+    from service.supervisor import report_ready
+
+    telemetry.configure()
+    settings = _settings(os.environ)
+    _stop_on_signal(supervised=supervised)
+    spool = Spool(settings.spool_dir, settings.disk_low_bytes)
+    with _open_ledger(settings) as ledger:
+        app = create_app(settings, ledger, spool, make_celery(settings))
+        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=10)
+        try:
+            door = socket.create_server((settings.api_host, settings.api_port), backlog=128)
+        except OSError as error:
+            where = f"{settings.api_host}:{settings.api_port}"
+            raise click.ClickException(f"cannot listen on {where}: {error.strerror}") from None
+        report_ready(sys.stdout, door.getsockname()[1])
+        uvicorn.Server(config).run(sockets=[door])
+
+
+@main.command()
+@click.option("--queue", "queues", multiple=True, type=click.Choice(["process", "deliver"]), help="Only this queue.")
+@supervised_option
+def work(queues: tuple[str, ...], *, supervised: bool) -> None:
+    """Compute and deliver: one job at a time of each queue."""
+    from celery import signals
+
+    from service.core import telemetry
+    from service.supervisor import report_ready
+    from worker.app import make_app
+    from worker.pipeline import run
+
+    telemetry.configure()
+    settings = _settings(os.environ)
+    _stop_on_signal(supervised=supervised)
+
+    def say_ready(**_: object) -> None:
+        report_ready(sys.stdout)
+
+    signals.worker_ready.connect(say_ready)
+    signals.setup_logging.connect(_leave_logging_alone)
+    app = make_app(settings, run, lambda name: _engine(settings, name))
+    names = ",".join(queues or ("process", "deliver"))
+    # solo: engines do not survive a fork, and one process is one job at a time.
+    app.worker_main(["--quiet", "worker", "--pool", "solo", "--queues", names, "--without-gossip", "--without-mingle"])
+
+
+@main.command()
+def doctor() -> None:
+    """Check that everything lowgad needs is there; exit status 1 when something is missing."""
+    from service.doctor import Check, checks, examine
+
+    settings = _settings(os.environ)
+    to_check = [Check("settings", lambda: "are valid"), *checks(settings), Check("model", lambda: _model(settings))]
+    failures = 0
+    for finding in examine(to_check):
+        failures += not finding.ok
+        click.echo(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.name}: {finding.detail}")
+    sys.exit(1 if failures else 0)
+
+
+def _settings(environ: Mapping[str, str]) -> Settings:
+    from service.core.settings import Settings, SettingsError
+
+    try:
+        return Settings.load(environ)
+    except SettingsError as error:
+        raise click.ClickException(str(error)) from None
+
+
+def _open_ledger(settings: Settings) -> Ledger:
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from service.core.ledger import Ledger
+
+    try:
+        return Ledger.open(settings.ledger_url)
+    except (SQLAlchemyError, OSError) as error:
+        raise click.ClickException(f"the database cannot be opened ({type(error).__name__})") from None
+
+
+def _engine(settings: Settings, name: str) -> Engine:
+    from models.card import ModelError
+    from models.runtime import LinearEngine, NetworkEngine
+    from service.core.errors import Permanent, Reason
+
+    if name == "linear":
+        return LinearEngine()
+    try:
+        return NetworkEngine(_model_folder(settings))
+    except ModelError as error:
+        raise Permanent(Reason.MODEL_INVALID, str(error)) from error
+
+
+def _model(settings: Settings) -> str:
+    """What the doctor says about the model: its card is read, its digest checked, and it is loaded."""
+    from models.card import ModelError, read_card
+    from models.runtime import NetworkEngine
+    from service.doctor import CheckFailedError
+
+    try:
+        card = read_card(_model_folder(settings))
+        engine = NetworkEngine(card.folder)
+    except ModelError as error:
+        raise CheckFailedError(str(error)) from None
+    return f"{card.id} {card.version} on {engine.provider}"
+
+
+def _model_folder(settings: Settings) -> Path:
+    """The site's model, or the one that is bundled."""
+    import models
+
+    zoo = Path(models.__file__).parent / "zoo"
+    bundled = sorted(path for path in zoo.iterdir() if path.is_dir()) if zoo.is_dir() else []
+    return settings.model_dir or (bundled[-1] if bundled else zoo)
+
+
+def _stop_on_signal(*, supervised: bool = False) -> threading.Event:
+    """An event that SIGTERM and SIGINT set; under `lowgad up` also the end of standard input."""
+    from service.supervisor import stop_with_parent
+
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    if supervised:
+        stop_with_parent(sys.stdin, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    return stop
+
+
+def _leave_logging_alone(**_: object) -> None:
+    """Celery sets up logging of its own unless somebody answers its signal."""
 
 
 if __name__ == "__main__":

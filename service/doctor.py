@@ -1,0 +1,107 @@
+"""`lowgad doctor`: is everything there that lowgad needs to work? One line for each check.
+
+Hides what each check does. A check changes nothing except that the ledger's tables are brought up to date. Must never
+print a setting's value, which may be a secret.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from pynetdicom import AE, _config
+from sqlalchemy.exc import SQLAlchemyError
+
+from service.core.ledger import Ledger
+from service.core.queue import is_reachable, make_celery
+from service.core.settings import Destination, Settings
+from service.core.spool import Spool
+
+VERIFICATION = "1.2.840.10008.1.1"  # SOP class, PS3.4 annex A
+ANSWER_SECONDS = 5.0
+
+
+class CheckFailedError(Exception):
+    """What is wrong, and what to do about it."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing to look at. `run` gives a detail, or raises CheckFailedError."""
+
+    name: str
+    run: Callable[[], str]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def checks(settings: Settings) -> list[Check]:
+    """Database, spool, disk, broker and every destination."""
+    return [
+        Check("database", lambda: _database(settings)),
+        Check("spool", lambda: _spool(settings)),
+        Check("broker", lambda: _broker(settings)),
+        *(Check(f"destination {item.name}", partial(_destination, item)) for item in settings.destinations),
+    ]
+
+
+def examine(to_check: Sequence[Check]) -> Iterator[Finding]:
+    """Run the checks one after the other."""
+    for check in to_check:
+        try:
+            yield Finding(check.name, ok=True, detail=check.run())
+        except CheckFailedError as error:
+            yield Finding(check.name, ok=False, detail=str(error))
+
+
+def _database(settings: Settings) -> str:
+    try:
+        with Ledger.open(settings.ledger_url) as ledger:
+            waiting = sum(ledger.counts().values())
+    except (SQLAlchemyError, OSError) as error:
+        raise CheckFailedError(f"cannot be opened ({type(error).__name__}); see database_url and data_dir") from None
+    return f"tables are up to date, {waiting} jobs"
+
+
+def _spool(settings: Settings) -> str:
+    try:
+        spool = Spool(settings.spool_dir, settings.disk_low_bytes)
+        with spool.workspace() as folder:
+            (folder / "probe").write_bytes(b"probe")
+    except OSError as error:
+        raise CheckFailedError(f"cannot be written ({type(error).__name__}); see data_dir") from None
+    free = f"{spool.free_bytes() >> 20} MiB free"
+    if spool.is_low():
+        raise CheckFailedError(f"{free}, less than disk_low_bytes: everything is refused until space is freed")
+    return free
+
+
+def _broker(settings: Settings) -> str:
+    if not is_reachable(make_celery(settings)):
+        raise CheckFailedError("does not answer; studies are taken in but not computed; see broker_url")
+    return "answers"
+
+
+def _destination(destination: Destination) -> str:
+    """C-ECHO (PS3.7 section 9.1.5)."""
+    _config.LOG_HANDLER_LEVEL = "none"
+    entity = AE(ae_title=destination.calling_ae_title)
+    entity.connection_timeout = entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = ANSWER_SECONDS
+    entity.add_requested_context(VERIFICATION)
+    association = entity.associate(destination.host, destination.port, ae_title=destination.ae_title)
+    if not association.is_established:
+        why = "refuses our AE titles" if association.is_rejected else "does not answer"
+        raise CheckFailedError(f"{why}; see the site file and the destination's own list of AE titles")
+    status = association.send_c_echo()
+    association.release()
+    if getattr(status, "Status", None) != 0:
+        raise CheckFailedError("does not answer C-ECHO")
+    return "answers C-ECHO"
