@@ -7,11 +7,14 @@ unpack an archive inside an archive, and never leave anything behind: the caller
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import io
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -20,8 +23,13 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from service.core.errors import Permanent, Reason
+from service.core.job import Job, JobOptions
+from service.core.ledger import Added, Ledger
 from service.core.settings import Settings
+from service.intake import Intake
+from service.objects import SOP_CLASSES, from_file
 
+SOURCE = "rest"
 CHUNK_BYTES = 1 << 20
 MAX_FIELD_BYTES = 4096
 MAX_FIELDS = 32
@@ -90,14 +98,15 @@ class MultipartReceiver:
         """Take the next bytes of the body.
 
         Raises:
-            Permanent: UPLOAD_TOO_LARGE.
+            Permanent: UPLOAD_TOO_LARGE, STORAGE_FULL.
             ValueError: malformed multipart.
         """
         self._bytes += len(chunk)
         if self._bytes > self._settings.max_upload_bytes:
             raise Permanent(Reason.UPLOAD_TOO_LARGE, f"more than {self._settings.max_upload_bytes} bytes")
         try:
-            self._parser.write(chunk)
+            with _named_when_full():
+                self._parser.write(chunk)
         except FormParserError:
             raise ValueError("the multipart body is malformed") from None
 
@@ -190,6 +199,28 @@ def unpack(files: Iterable[Received], folder: Path, settings: Settings) -> list[
     return [item for received in files for item in _expand(received, folder, budget)]
 
 
+def accept(
+    upload: Upload, folder: Path, options: JobOptions, *, settings: Settings, ledger: Ledger, intake: Intake
+) -> tuple[Job, bool]:
+    """Take a whole upload in and start its job, or refuse it and keep nothing of it.
+
+    Returns:
+        The job, and whether it is new.
+
+    Raises:
+        Permanent: the archive's reason; EMPTY_UPLOAD, UNREADABLE_FILE, UNSUPPORTED_OBJECT, TWO_PATIENTS, TWO_STUDIES,
+            NOT_MR, INSTANCE_CONFLICT; STORAGE_FULL.
+    """
+    with _named_when_full():
+        unpacked = folder / "unpacked"
+        unpacked.mkdir()
+        study_uid, paths = _examine(list(dicom_files(unpack(upload.files, unpacked, settings))), settings, ledger)
+        for path in paths:
+            if intake.admit(from_file(path.read_bytes()), SOURCE) is Added.CONFLICT:
+                raise Permanent(Reason.INSTANCE_CONFLICT)
+    return intake.start(study_uid, options, SOURCE)
+
+
 def dicom_files(files: Iterable[Received]) -> Iterator[Received]:
     """Those that are, or claim to be, DICOM images.
 
@@ -203,6 +234,64 @@ def dicom_files(files: Iterable[Received]) -> Iterator[Received]:
             continue
         if _magic(received.path, offset=128) == DICOM_MAGIC or name.suffix.lower() in DICOM_SUFFIXES:
             yield received
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What is left of an object once its header was looked at."""
+
+    path: Path
+    patient: str
+    study_uid: str
+    sop_class_uid: str
+    sop_instance_uid: str
+    transfer_syntax_uid: str
+    sha256: str
+
+
+def _examine(files: Sequence[Received], settings: Settings, ledger: Ledger) -> tuple[str, list[Path]]:
+    """The study's UID and its MR files; objects of other kinds are set aside, as in any export of a study.
+
+    Every header is read before anything is stored, so that a refused upload leaves nothing.
+    """
+    if not files:
+        raise Permanent(Reason.EMPTY_UPLOAD)
+    seen = [_look_at(received.path, settings) for received in files]
+    if (patients := len({item.patient for item in seen})) > 1:
+        raise Permanent(Reason.TWO_PATIENTS, f"{patients} patients in {len(seen)} files")
+    if (studies := len({item.study_uid for item in seen})) > 1:
+        raise Permanent(Reason.TWO_STUDIES, f"{studies} studies in {len(seen)} files")
+    images = [item for item in seen if item.sop_class_uid in SOP_CLASSES]
+    if not images:
+        raise Permanent(Reason.NOT_MR, f"{len(seen)} files")
+    _refuse_conflicts(images, ledger)
+    return images[0].study_uid, [item.path for item in images]
+
+
+def _look_at(path: Path, settings: Settings) -> _Seen:
+    if path.stat().st_size > settings.max_object_bytes:
+        raise Permanent(Reason.UNSUPPORTED_OBJECT, f"an object of more than {settings.max_object_bytes} bytes")
+    found = from_file(path.read_bytes())
+    digest = hashlib.sha256(found.chunks[0])
+    digest.update(found.chunks[1])
+    return _Seen(
+        path=path,
+        patient=found.patient,
+        study_uid=found.study_uid,
+        sop_class_uid=found.sop_class_uid,
+        sop_instance_uid=found.sop_instance_uid,
+        transfer_syntax_uid=found.transfer_syntax_uid,
+        sha256=digest.hexdigest(),
+    )
+
+
+def _refuse_conflicts(images: Sequence[_Seen], ledger: Ledger) -> None:
+    """Two contents under one SOP Instance UID, in the upload or with what arrived before."""
+    earlier = ledger.instances(images[0].study_uid)
+    known = {(old.sop_instance_uid, old.transfer_syntax_uid): old.sha256 for old in earlier}
+    for item in images:
+        if known.setdefault((item.sop_instance_uid, item.transfer_syntax_uid), item.sha256) != item.sha256:
+            raise Permanent(Reason.INSTANCE_CONFLICT)
 
 
 @dataclass
@@ -282,6 +371,17 @@ def _extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) ->
         while chunk := source.read(CHUNK_BYTES):
             sink.write(chunk)
     return Received(target, member.filename)
+
+
+@contextmanager
+def _named_when_full() -> Iterator[None]:
+    """A full disk has a reason of its own."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            raise Permanent(Reason.STORAGE_FULL, "the disk is full") from None
+        raise
 
 
 def _magic(path: Path, offset: int = 0) -> bytes:

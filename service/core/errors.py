@@ -48,6 +48,10 @@ class Reason(Enum):
         "The post-contrast series was acquired at about the standard dose; there is nothing to synthesise.",
     )
     EMPTY_UPLOAD = (Outcome.REJECTED, "The upload or folder holds no DICOM file.")
+    INSTANCE_CONFLICT = (
+        Outcome.REJECTED,
+        "An image with the same SOP Instance UID and other content arrived before. The first one was kept.",
+    )
     UPLOAD_TOO_LARGE = (
         Outcome.REJECTED,
         "The upload is larger than the limits (bytes or number of files). Nothing was kept; send the study alone.",

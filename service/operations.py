@@ -1,0 +1,76 @@
+"""What an operator can do to a job, the same for REST and dashboard.
+
+Hides which states allow which action, and that a changed state still needs a message in a queue. Must never act twice
+on one click: every action is a compare-and-set in the ledger, and the one that comes too late is told so.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from celery import Celery
+
+from service.core.job import TRANSITIONS, Job, State
+from service.core.ledger import Ledger
+from service.core.queue import enqueue
+
+
+class Action(Enum):
+    """What can be asked for. The value is the word in URLs."""
+
+    RERUN = "rerun"
+    RESEND = "resend"
+    CANCEL = "cancel"
+
+
+class UnknownJobError(LookupError):
+    """No job has this id."""
+
+
+class NotPossibleError(Exception):
+    """The job's state, or what it has to send, does not allow the action. The message is for the operator."""
+
+
+def possible(job: Job, *, has_deliveries: bool) -> frozenset[Action]:
+    """The actions that make sense now."""
+    following = TRANSITIONS[job.state]
+    actions = {Action.CANCEL} if State.CANCELLED in following else set()
+    if State.QUEUED in following and job.state is not State.RUNNING:
+        actions.add(Action.RERUN)
+    if State.DELIVERING in following and has_deliveries:
+        actions.add(Action.RESEND)
+    return frozenset(actions)
+
+
+def act(ledger: Ledger, queue: Celery, job_id: str, action: Action, actor: str) -> Job:
+    """Do it, and wake a worker.
+
+    Raises:
+        UnknownJobError: no such job.
+        NotPossibleError: the state does not allow it (any more).
+    """
+    job = ledger.job(job_id)
+    if job is None:
+        raise UnknownJobError(job_id)
+    changed = _change(ledger, job_id, action, actor)
+    if changed is None:
+        raise NotPossibleError(_why_not(ledger.job(job_id) or job, action))
+    if changed.state in {State.QUEUED, State.DELIVERING} and enqueue(queue, changed):
+        ledger.mark_enqueued(job_id)
+    return changed
+
+
+def _change(ledger: Ledger, job_id: str, action: Action, actor: str) -> Job | None:
+    match action:
+        case Action.RERUN:
+            return ledger.rerun(job_id, actor)
+        case Action.RESEND:
+            return ledger.resend(job_id, actor)
+        case Action.CANCEL:
+            return ledger.cancel(job_id, actor)
+
+
+def _why_not(job: Job, action: Action) -> str:
+    if action is Action.RESEND and State.DELIVERING in TRANSITIONS[job.state]:
+        return "The job has nothing to send: no destination was configured when it ran, or it never had a result."
+    return f"The state {job.state.value} does not allow the action {action.value}."
