@@ -26,6 +26,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import (
     CTImageStorage,
+    EnhancedMRImageStorage,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     MRImageStorage,
@@ -276,6 +277,90 @@ def encode(dataset: Dataset, *, implicit: bool = False) -> bytes:
     buffer = BytesIO()
     dataset.save_as(buffer, implicit_vr=implicit, little_endian=True, enforce_file_format=True)
     return buffer.getvalue()
+
+
+def as_enhanced(datasets: list[Dataset]) -> Dataset:
+    """The same series as one Enhanced MR object; the last slice comes first, as frames have no natural order."""
+    first, frames = datasets[0], datasets[::-1]
+    multi = copy.deepcopy(first)
+    contrast = "ContrastBolusAgent" in first
+    for keyword in (*_FRAME_KEYWORDS, *_CLASSIC_CONTRAST):
+        if keyword in multi:
+            delattr(multi, keyword)
+    multi.SOPClassUID, multi.SOPInstanceUID = EnhancedMRImageStorage, uid(first.SeriesInstanceUID, "enhanced")
+    multi.ImageType = ["ORIGINAL", "PRIMARY", "T1", "NONE"]
+    multi.NumberOfFrames = str(len(frames))
+    multi.PixelData = b"".join(frame.PixelData for frame in frames)
+    multi.EchoPulseSequence = "SPIN" if first.ScanningSequence == "SE" else "GRADIENT"
+    multi.AcquisitionDateTime = first.AcquisitionDate + first.AcquisitionTime
+    if contrast:
+        multi.ContrastBolusAgentSequence = [_enhanced_agent(first)]
+    multi.SharedFunctionalGroupsSequence = [_shared_groups(first, contrast=contrast)]
+    multi.PerFrameFunctionalGroupsSequence = [_frame_groups(frame, n + 1) for n, frame in enumerate(frames)]
+    return multi
+
+
+_FRAME_KEYWORDS = (
+    *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "SpacingBetweenSlices"),
+    *("SliceLocation", "RepetitionTime", "EchoTime", "InversionTime", "FlipAngle", "EchoTrainLength", "ScanOptions"),
+    *("ScanningSequence", "SequenceVariant", "SequenceName", "AcquisitionDate", "AcquisitionTime", "InstanceNumber"),
+    *("NumberOfAverages", "ImagedNucleus", "ImagingFrequency", "WindowCenter", "WindowWidth"),
+    *("RescaleSlope", "RescaleIntercept", "RescaleType"),
+)
+_CLASSIC_CONTRAST = (
+    *("ContrastBolusAgent", "ContrastBolusRoute", "ContrastBolusVolume", "ContrastBolusTotalDose"),
+    *("ContrastBolusStartTime", "ContrastBolusIngredientConcentration"),
+)
+
+
+def _enhanced_agent(dataset: Dataset) -> Dataset:
+    agent = _code("407976008", "SCT", "Gadobutrol")
+    agent.ContrastBolusAgentNumber = 1
+    agent.ContrastBolusVolume = dataset.get("ContrastBolusVolume")
+    agent.ContrastBolusIngredientConcentration = dataset.get("ContrastBolusIngredientConcentration")
+    agent.ContrastBolusAdministrationRouteSequence = [_code("47625008", "SCT", "Intravenous route")]
+    return agent
+
+
+def _taken(source: Dataset, *keywords: str) -> Dataset:
+    item = Dataset()
+    _apply(item, {keyword: source[keyword].value for keyword in keywords if keyword in source})
+    return item
+
+
+def _shared_groups(first: Dataset, *, contrast: bool) -> Dataset:
+    shared = Dataset()
+    shared.PixelMeasuresSequence = [_taken(first, "PixelSpacing", "SliceThickness", "SpacingBetweenSlices")]
+    shared.PlaneOrientationSequence = [_taken(first, "ImageOrientationPatient")]
+    shared.MRTimingAndRelatedParametersSequence = [_taken(first, "RepetitionTime", "FlipAngle", "EchoTrainLength")]
+    modifier, usage, echo = Dataset(), Dataset(), Dataset()
+    modifier.InversionRecovery = "YES" if "InversionTime" in first else "NO"
+    if "InversionTime" in first:
+        modifier.InversionTimes = [float(first.InversionTime)]
+    modifier.Spoiling = "RF" if "SP" in first.SequenceVariant else "NONE"
+    echo.EffectiveEchoTime = float(first.EchoTime)
+    shared.MRModifierSequence, shared.MREchoSequence = [modifier], [echo]
+    if contrast:
+        usage.ContrastBolusAgentNumber, usage.ContrastBolusAgentAdministered = 1, "YES"
+        shared.ContrastBolusUsageSequence = [usage]
+    return shared
+
+
+def _frame_groups(dataset: Dataset, number: int) -> Dataset:
+    frame = Dataset()
+    frame.PlanePositionSequence = [_taken(dataset, "ImagePositionPatient")]
+    frame.PixelValueTransformationSequence = [_taken(dataset, "RescaleSlope", "RescaleIntercept", "RescaleType")]
+    content = Dataset()
+    content.InStackPositionNumber, content.StackID = number, "1"
+    content.FrameAcquisitionDateTime = dataset.AcquisitionDate + dataset.AcquisitionTime
+    frame.FrameContentSequence = [content]
+    if (0x2005, 0x100E) in dataset:  # where Philips keeps its scale slope in Enhanced MR
+        inner = Dataset()
+        inner.private_block(0x2005, "Philips MR Imaging DD 001", create=True).add_new(
+            0x0E, "FL", dataset[0x2005, 0x100E].value
+        )
+        frame.private_block(0x2005, "Philips MR Imaging DD 005", create=True).add_new(0x0F, "SQ", [inner])
+    return frame
 
 
 def _phantom(shape: tuple[int, int, int]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:

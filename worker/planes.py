@@ -256,8 +256,9 @@ def _flat_header(top: Iterable[DataElement], groups: Iterable[Dataset]) -> Datas
         for macro in group:
             if macro.VR == VR.SQ and not macro.is_private:
                 header[macro.tag] = macro
+                converted = macro.keyword.startswith("Unassigned")  # of the slices that a legacy object was made from
                 for element in macro.value[0] if macro.value else ():
-                    if not element.is_private:
+                    if not element.is_private and not (converted and element.tag in header):
                         header[element.tag] = element
     _name_as_classic(header)
     return header

@@ -1,0 +1,267 @@
+"""Files become a study, its series and their volumes, or end in a named reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from highdicom.legacy import LegacyConvertedEnhancedMRImage
+from pydicom import dcmread
+from pydicom.dataset import Dataset
+from pydicom.pixels import compress
+from pydicom.uid import UID, JPEG2000Lossless, JPEGLSLossless, RLELossless
+
+from service.core.errors import Permanent, Reason
+from tests.factories import as_enhanced, encode, make_pair, uid, write_study
+from worker.pairing import choose_pair
+from worker.study import Study, find_files, read_study
+
+REAL_PHILIPS = Path(__file__).parents[2].parent / "shared" / "data" / "philips-t1-classic-and-enhanced.zip"
+
+
+def written(folder: Path, datasets: Sequence[Dataset]) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"{n:03}" for n in range(len(datasets))]
+    for path, dataset in zip(paths, datasets, strict=True):
+        path.write_bytes(encode(dataset))
+    return paths
+
+
+def refusal(folder: Path, **options: Any) -> Reason:
+    write_study(folder, **options)
+    with pytest.raises(Permanent) as refused:
+        choose_pair(read_study(find_files(folder)))
+    return refused.value.reason
+
+
+@pytest.mark.parametrize(
+    ("odd", "reason"),
+    [
+        ("not_dicom", Reason.UNREADABLE_FILE),
+        ("cut_file", Reason.UNREADABLE_FILE),
+        ("empty_file", Reason.UNREADABLE_FILE),
+        ("short_pixels", Reason.UNREADABLE_FILE),
+        ("absurd_size", Reason.UNSUPPORTED_OBJECT),
+        ("two_patients", Reason.TWO_PATIENTS),
+        ("two_studies", Reason.TWO_STUDIES),
+        ("not_mr", Reason.NOT_MR),
+        ("own_output", Reason.OWN_OUTPUT),
+        ("gap_in_pre", Reason.MISSING_SLICES),
+        ("gap_in_low", Reason.MISSING_SLICES),
+        ("short_low", Reason.MISSING_SLICES),
+        ("duplicated_position", Reason.IRREGULAR_GEOMETRY),
+        ("mixed_orientation", Reason.IRREGULAR_GEOMETRY),
+        ("pre_only", Reason.ONE_SERIES_ONLY),
+    ],
+)
+def test_a_study_that_cannot_be_processed_ends_in_its_reason(tmp_path: Path, odd: str, reason: Reason) -> None:
+    assert refusal(tmp_path, odd=[odd], slices=12) is reason
+
+
+@pytest.mark.parametrize(("odd", "told"), [("ct_beside", "CT Image Storage"), ("localizer", "series 1")])
+def test_other_series_beside_a_good_pair_are_ignored_and_listed(tmp_path: Path, odd: str, told: str) -> None:
+    pair = choose_pair(read_study(write_study(tmp_path, odd=[odd])))
+    assert (pair.pre.label, pair.low.label) == ("series 4", "series 9")
+    assert any(told in line for line in pair.set_aside)
+
+
+def test_nothing_to_read_is_an_empty_upload() -> None:
+    with pytest.raises(Permanent) as refused:
+        read_study([])
+    assert refused.value.reason is Reason.EMPTY_UPLOAD
+
+
+def test_a_refusal_never_quotes_what_identifies_a_patient(tmp_path: Path) -> None:
+    write_study(tmp_path, odd=["two_patients"])
+    with pytest.raises(Permanent) as refused:
+        read_study(find_files(tmp_path))
+    assert "SOMEBODY" not in str(refused.value)
+    assert "SYNTH" not in str(refused.value)
+
+
+def test_only_files_that_may_be_images_are_found(tmp_path: Path) -> None:
+    paths = write_study(tmp_path / "a", slices=8)
+    paths[0].rename(tmp_path / "a" / "noextension")
+    paths[1].rename(tmp_path / "a" / "renamed.xyz")
+    for name in ("DICOMDIR", "notes.txt", "truth.npz", "preview.png", ".hidden.dcm", "report.json", "README"):
+        (tmp_path / "a" / name).write_bytes(b"no image")
+    (tmp_path / "a" / "damaged.dcm").write_bytes(b"no image")
+    found = {path.name for path in find_files(tmp_path)}
+    assert len(found) == 17
+    assert {"noextension", "renamed.xyz", "damaged.dcm"} <= found
+
+
+@pytest.mark.parametrize("plane", ["axial", "sagittal", "coronal", "oblique"])
+def test_the_affine_maps_every_voxel_to_where_its_header_puts_it(tmp_path: Path, plane: str) -> None:
+    """PS3.3 C.7.6.2.1.1, checked slice by slice against the formula written out."""
+    paths = write_study(tmp_path, plane=plane, spacing_mm=(0.9, 1.1, 1.3))
+    series = choose_pair(read_study(paths[::-1])).pre
+    volume = series.volume()
+    for k, header in enumerate(plane.header for plane in series.planes):
+        position, cosines, spacing = (
+            np.array(header[keyword].value, dtype=float)
+            for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
+        )
+        i, j = 7, 13
+        expected = position + cosines[:3] * spacing[1] * i + cosines[3:] * spacing[0] * j
+        assert volume.affine @ (i, j, k, 1) == pytest.approx([*expected, 1], abs=1e-6)
+    assert np.linalg.det(volume.affine) > 0
+    assert volume.spacing_mm == pytest.approx((0.9, 1.1, 1.3), abs=1e-6)
+
+
+def test_slices_are_ordered_by_position_whatever_their_numbers_and_files_say(tmp_path: Path) -> None:
+    pair = make_pair()
+    for number, dataset in enumerate(pair.pre):
+        dataset.InstanceNumber = str(1 + (number * 5) % 8)
+    pair.pre.reverse()
+    series = read_study(written(tmp_path, pair.all)).series[0]
+    assert [plane.sop_instance_uid for plane in series.planes] == [uid(0, "pre", k) for k in range(8)]
+
+
+def test_signed_and_rescaled_values_are_read_as_numbers(tmp_path: Path) -> None:
+    pair = make_pair(vendor="ge")
+    stored = np.frombuffer(pair.pre[0].PixelData, "<i2") - 300
+    pair.pre[0].PixelData = stored.astype("<i2").tobytes()
+    for dataset in pair.pre:
+        dataset.RescaleSlope, dataset.RescaleIntercept = "0.5", "-10"
+    volume = read_study(written(tmp_path, pair.all)).series[0].volume()
+    assert volume.voxels[0].ravel() == pytest.approx(stored * 0.5 - 10)
+    assert volume.voxels[0].min() < 0
+
+
+def test_philips_series_with_their_own_scalings_give_comparable_floating_point_values(tmp_path: Path) -> None:
+    plain = choose_pair(read_study(write_study(tmp_path / "s", vendor="siemens")))
+    philips = choose_pair(read_study(write_study(tmp_path / "p", vendor="philips")))
+    for one, other in ((plain.pre, philips.pre), (plain.low, philips.low)):
+        assert other.unit == "Philips FP"
+        assert other.volume().voxels == pytest.approx(one.volume().voxels, abs=2.5)
+
+
+@pytest.mark.parametrize("vendor", ["siemens", "ge", "philips"])
+def test_an_enhanced_object_reads_like_the_slices_it_holds(tmp_path: Path, vendor: str) -> None:
+    pair = make_pair(vendor=vendor, plane="oblique", agent="Gadobutrol")
+    classic = choose_pair(read_study(written(tmp_path / "classic", pair.all)))
+    enhanced = choose_pair(read_study(written(tmp_path / "enhanced", [as_enhanced(pair.pre), as_enhanced(pair.low)])))
+    for one, other in ((classic.pre, enhanced.pre), (classic.low, enhanced.low)):
+        assert np.array_equal(one.volume().voxels, other.volume().voxels)
+        assert np.array_equal(one.volume().affine, other.volume().affine)
+        assert [plane.frame_number for plane in other.planes] == list(range(8, 0, -1))
+        for keyword in ("ImagePositionPatient", "RepetitionTime", "EchoTime", "FlipAngle", "AcquisitionTime"):
+            assert str(one.header[keyword].value) == str(other.header[keyword].value)
+
+
+def test_a_legacy_converted_object_reads_like_the_slices_it_holds(tmp_path: Path) -> None:
+    paths = write_study(tmp_path / "classic")
+    multi = [
+        LegacyConvertedEnhancedMRImage(
+            list(map(dcmread, half)), uid("legacy", n), n + 1, uid("legacy", n, "instance"), 1
+        )
+        for n, half in enumerate((paths[:8], paths[8:]))
+    ]
+    for path, dataset in zip((tmp_path / "0.dcm", tmp_path / "1.dcm"), multi, strict=True):
+        dataset.save_as(path)
+    classic = read_study(paths)
+    legacy = read_study([tmp_path / "0.dcm", tmp_path / "1.dcm"])
+    for one, other in zip(classic.series, legacy.series, strict=True):
+        assert np.array_equal(one.volume().voxels, other.volume().voxels)
+        assert one.volume().affine == pytest.approx(other.volume().affine)
+    assert choose_pair(legacy).pre.label == "series 1"
+
+
+@pytest.mark.parametrize("syntax", [RLELossless, JPEG2000Lossless, JPEGLSLossless])
+def test_losslessly_compressed_pixels_are_the_same_pixels(tmp_path: Path, syntax: UID) -> None:
+    paths = write_study(tmp_path / "plain", rows=64, columns=64, vendor="ge")
+    (tmp_path / "packed").mkdir()
+    packed = []
+    for path in paths:
+        dataset = dcmread(path)
+        compress(dataset, syntax, generate_instance_uid=False)
+        packed.append(tmp_path / "packed" / path.name)
+        dataset.save_as(packed[-1])
+    for one, other in zip(read_study(paths).series, read_study(packed).series, strict=True):
+        assert np.array_equal(one.volume().voxels, other.volume().voxels)
+
+
+def test_implicit_and_explicit_transfer_syntax_read_alike(tmp_path: Path) -> None:
+    studies = [read_study(write_study(tmp_path / str(i), vendor="philips", implicit=i)) for i in (False, True)]
+    first, second = (study.series[1].volume().voxels for study in studies)
+    assert np.array_equal(first, second)
+
+
+def test_damaged_compressed_pixels_are_refused_when_they_are_decoded(tmp_path: Path) -> None:
+    paths = write_study(tmp_path, rows=64, columns=64)
+    dataset = dcmread(paths[0])
+    compress(dataset, RLELossless, generate_instance_uid=False)
+    dataset.PixelData = dataset.PixelData[:90] + bytes(len(dataset.PixelData) - 90)
+    dataset.save_as(paths[0])
+    with pytest.raises(Permanent) as refused:
+        read_study(paths).series[0].volume()
+    assert refused.value.reason is Reason.UNREADABLE_FILE
+
+
+def test_a_deflated_object_is_refused_before_it_is_inflated(tmp_path: Path) -> None:
+    paths = write_study(tmp_path)
+    data = paths[0].read_bytes()
+    explicit, deflated = b"1.2.840.10008.1.2.1\x00", b"1.2.840.10008.1.2.1.99"
+    at = data.index(explicit)
+    bomb = data[: at - 2] + len(deflated).to_bytes(2, "little") + deflated + data[at + len(explicit) :]
+    paths[0].write_bytes(bomb)
+    with pytest.raises(Permanent) as refused:
+        read_study(paths)
+    assert refused.value.reason is Reason.UNSUPPORTED_OBJECT
+
+
+def test_sequences_nested_without_end_are_an_unreadable_file(tmp_path: Path) -> None:
+    paths = write_study(tmp_path)
+    item = b"\x08\x00\x40\x11SQ\x00\x00\xff\xff\xff\xff\xfe\xff\x00\xe0\xff\xff\xff\xff"
+    head = paths[0].read_bytes()
+    at = head.index(b"\x08\x00\x60\x00CS")  # before Modality, in the order of tags
+    paths[0].write_bytes(head[:at] + item * 5000 + head[at:])
+    with pytest.raises(Permanent) as refused:
+        read_study(paths)
+    assert refused.value.reason is Reason.UNREADABLE_FILE
+
+
+def test_the_same_file_twice_counts_once_but_two_objects_under_one_uid_are_refused(tmp_path: Path) -> None:
+    paths = write_study(tmp_path)
+    twin = tmp_path / "twin.dcm"
+    twin.write_bytes(paths[3].read_bytes())
+    assert len(read_study([*paths, twin]).series[0].planes) == 8
+    dataset = dcmread(twin)
+    dataset.PixelData = bytes(len(dataset.PixelData))
+    dataset.save_as(twin)
+    with pytest.raises(Permanent) as refused:
+        read_study([*paths, twin])
+    assert refused.value.reason is Reason.IRREGULAR_GEOMETRY
+
+
+def test_every_other_slice_missing_is_noticed_from_the_stated_distance(tmp_path: Path) -> None:
+    pair = make_pair(slices=20)
+    study: Study = read_study(written(tmp_path, [*pair.pre[::2], *pair.low[::2]]))
+    assert [series.fault and series.fault.reason for series in study.series] == [Reason.MISSING_SLICES] * 2
+
+
+def test_patients_that_differ_only_in_how_the_name_is_written_are_one(tmp_path: Path) -> None:
+    changes = {"PatientName": "PHANTOM^TEST^^"}
+    assert len(read_study(write_study(tmp_path, low_changes=changes)).series) == 2
+
+
+def test_real_philips_series_read_alike_in_classic_and_enhanced_form(tmp_path: Path) -> None:
+    """Two T1-FFE series of one phantom session, one as 24 classic slices, the other as one Enhanced object."""
+    if not REAL_PHILIPS.exists():
+        pytest.skip("the real Philips files are not beside this checkout")
+    import zipfile
+
+    zipfile.ZipFile(REAL_PHILIPS).extractall(tmp_path)
+    folders = {path.parent.name: path.parent for path in tmp_path.rglob("*.dcm")}
+    classic, enhanced = (
+        read_study(find_files(next(folder for name, folder in folders.items() if name.startswith(start)))).series[0]
+        for start in ("501_T1W_FFE", "401_T1W_FFE")
+    )
+    assert classic.unit == enhanced.unit == "Philips FP"
+    assert np.abs(classic.volume().affine - enhanced.volume().affine).max() < 1e-6
+    ratio = classic.volume().voxels.mean() / enhanced.volume().voxels.mean()
+    assert 0.8 < ratio < 1.25  # stored values alone differ by 40 %, displayed values by a factor of 1700
