@@ -1,26 +1,35 @@
 """The command line, and the only place where service, worker and models meet.
 
 Hides how the parts are put together: settings are read here, once, and handed down. Must never hold logic of its own.
+Exit codes: 0 done, 1 error, 2 usage, 3 needs review, 4 rejected.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from service.core.errors import LowgadError
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from models.runtime import Engine
+    from service.core.job import Stage
     from service.core.ledger import Ledger
     from service.core.settings import Settings
 
+STUDY = click.Path(exists=True, file_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
 supervised_option = click.option("--supervised", is_flag=True, hidden=True, help="Started by `lowgad up`.")
 
 
@@ -159,6 +168,56 @@ def doctor() -> None:
     sys.exit(1 if failures else 0)
 
 
+@main.command()
+@click.argument("study", type=STUDY)
+@click.option("--out", type=FOLDER, required=True, help="Folder for sd/, sd_plus/, report.json and montage.png")
+@click.option("--engine", type=click.Choice(["network", "linear"]), help="Default: the setting LOWGAD_ENGINE")
+@click.option("--pre-series", "pre_series_uid", help="SeriesInstanceUID of the pre-contrast series")
+@click.option("--low-series", "low_series_uid", help="SeriesInstanceUID of the low-dose series")
+def run(study: Path, out: Path, engine: str | None, pre_series_uid: str | None, low_series_uid: str | None) -> None:
+    """Process the DICOM files of one STUDY folder without any server."""
+    from service.core.job import JobOptions
+    from worker.montage import write_montage
+    from worker.pipeline import run as run_pipeline
+    from worker.pipeline import write_result
+    from worker.study import find_files
+
+    settings = _settings(os.environ)
+    options = JobOptions(engine or settings.engine, pre_series_uid, low_series_uid)
+    _clear(out)
+    with _outcome(out), _progress() as progress:
+        result = run_pipeline(
+            find_files(study), options, _engine(settings, options.engine), progress,
+            allow_unknown=settings.allow_unknown,
+        )  # fmt: skip
+        write_result(result, out)
+        write_montage(result.prepared, result.signal, out / "montage.png")
+    click.echo(f"{sum(map(len, result.series.values()))} derived instances in {out}")
+
+
+@main.command()
+@click.argument("out", type=FOLDER)
+@click.option("--seed", type=int, required=True, help="Everything random follows from it")
+@click.option("--dose", "dose_fraction", type=click.FloatRange(0.02, 1.0), help="Fraction of the standard dose")
+@click.option("--field", "field_strength_t", type=click.FloatRange(0.5, 7.0), help="Tesla")
+@click.option("--spacing", "spacing_mm", type=click.FloatRange(0.5, 4.0), default=1.0, show_default=True, help="mm")
+@click.option("--noise", type=click.FloatRange(0.0, 0.2), help="Of one image, white matter = 1")
+@click.option("--stripped/--full-head", default=False, help="Remove everything outside the brain")
+def simulate(out: Path, seed: int, spacing_mm: float, stripped: bool, **chosen: float | None) -> None:
+    """Write a DICOM study of a digital phantom into OUT, with its truth."""
+    import numpy as np
+
+    from models.training.phantom import draw_scenario, make_phantom, with_choices
+    from worker.phantom_study import write_phantom_study
+
+    drawn = draw_scenario(np.random.default_rng(seed))
+    scenario = with_choices(drawn, spacing_mm=(spacing_mm,) * 3, stripped=stripped, **chosen)
+    shape = tuple(round(extent / spacing_mm) for extent in (190, 240, 200))
+    phantom = make_phantom(seed, shape=shape, scenario=scenario, whole=True)  # type: ignore[arg-type]
+    count = write_phantom_study(phantom, seed, out)
+    click.echo(f"{count} instances and truth.npz in {out}: {scenario.summary}")
+
+
 def _settings(environ: Mapping[str, str]) -> Settings:
     from service.core.settings import Settings, SettingsError
 
@@ -213,6 +272,39 @@ def _model_folder(settings: Settings) -> Path:
     zoo = Path(models.__file__).parent / "zoo"
     bundled = sorted(path for path in zoo.iterdir() if path.is_dir()) if zoo.is_dir() else []
     return settings.model_dir or (bundled[-1] if bundled else zoo)
+
+
+def _clear(out: Path) -> None:
+    """An earlier result must not stand beside the reason why this run gave none."""
+    for name in ("sd", "sd_plus"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("report.json", "montage.png"):
+        (out / name).unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _outcome(out: Path) -> Iterator[None]:
+    """A named reason becomes report.json, one line on standard error and the exit code."""
+    try:
+        yield
+    except LowgadError as error:
+        reason = error.reason
+        report: dict[str, Any] = {"outcome": reason.outcome.name, "reason": reason.name, "text": reason.text}
+        (out / "report.json").write_text(json.dumps(report | {"detail": error.detail}, indent=1), encoding="utf-8")
+        click.echo(f"lowgad: {reason.outcome.name} {reason.name}: {reason.text} {error.detail}".rstrip(), err=True)
+        sys.exit(reason.outcome.value)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Stage, float], None]]:
+    """A progress bar on standard error, silent where that is not a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("read", total=1.0)
+        yield lambda stage, done: bar.update(task, description=stage.value, completed=done)
 
 
 def _stop_on_signal(*, supervised: bool = False) -> threading.Event:

@@ -71,10 +71,11 @@ def find_brain(head: Volume) -> Mask:
     if foreground.sum() * 0.064 < _MIN_BRAIN_ML:
         raise NoBrainError("the image holds less tissue than a brain")
     moving = coarse.with_voxels(_compress(coarse.voxels))
+    stripped = _is_stripped(foreground)
     with one_thread():
-        transform = _search(moving.to_sitk(), _starts(coarse, foreground))
+        transform = _search(moving.to_sitk(), _starts(coarse, foreground), stripped=stripped)
     mask = _atlas_mask_on(head, transform)
-    if _is_stripped(foreground):
+    if stripped:
         mask = _tissue_near(mask, head)
     volume_ml = float(mask.sum()) * abs(float(np.linalg.det(head.affine[:3, :3]))) / 1000
     if not _MIN_BRAIN_ML <= volume_ml <= _MAX_BRAIN_ML:
@@ -110,7 +111,7 @@ def _compress(voxels: Array) -> Array:
 
 def _is_stripped(foreground: Mask) -> bool:
     """A skull-stripped head fills less than a head: its foreground is the brain itself."""
-    return float(foreground.sum()) * 0.064 < 2000.0
+    return float(foreground.sum()) * 0.064 < 2500.0
 
 
 def _at_spacing(volume: Volume, spacing_mm: float) -> Volume:
@@ -167,19 +168,27 @@ def _registration(mask: sitk.Image, sampling: float) -> sitk.ImageRegistrationMe
     return method
 
 
-@lru_cache(maxsize=2)
-def _template(spacing_mm: float) -> tuple[sitk.Image, sitk.Image]:
-    """The atlas brain at `spacing_mm`, and the region in which it is compared (brain plus margin)."""
-    atlas = load_atlas()
-    coarse = _at_spacing(atlas.t1, spacing_mm).to_sitk()
-    padded = sitk.ConstantPad(coarse, [round(MARGIN_MM / spacing_mm)] * 3, [round(MARGIN_MM / spacing_mm)] * 3, 0.0)
-    radius = [round(MARGIN_MM / spacing_mm)] * 3
-    return padded, sitk.BinaryDilate(sitk.Cast(padded > 0.05, sitk.sitkUInt8), radius)
+@lru_cache(maxsize=4)
+def _template(spacing_mm: float, stripped: bool) -> tuple[sitk.Image, sitk.Image]:
+    """The atlas at `spacing_mm`, and the region in which it is compared (brain plus margin).
+
+    The template has no skull. For a full head it is given one (dark for 7 mm, then bright scalp): without it the brain
+    grows into the scalp.
+    """
+    coarse = _at_spacing(load_atlas().t1, spacing_mm).to_sitk()
+    reach = [round(MARGIN_MM / spacing_mm)] * 3
+    padded = sitk.ConstantPad(coarse, reach, reach, 0.0)
+    brain = sitk.Cast(padded > 0.05, sitk.sitkUInt8)
+    if not stripped:
+        distance = sitk.SignedMaurerDistanceMap(brain, squaredDistance=False, useImageSpacing=True)
+        scalp = sitk.Cast(sitk.And(distance > 7.0, distance < 14.0), sitk.sitkFloat32)
+        padded = sitk.Maximum(padded, scalp)
+    return padded, sitk.BinaryDilate(brain, reach)
 
 
-def _search(moving: sitk.Image, starts: list[np.ndarray]) -> sitk.Transform:
+def _search(moving: sitk.Image, starts: list[np.ndarray], *, stripped: bool) -> sitk.Transform:
     """Coarse similarity search from every start, then an affine refinement of the best."""
-    fixed, mask = _template(6.0)
+    fixed, mask = _template(6.0, stripped)
     atlas_middle = np.array(fixed.TransformContinuousIndexToPhysicalPoint([n / 2 for n in fixed.GetSize()]))
     tried = []
     for start in starts:
@@ -193,7 +202,7 @@ def _search(moving: sitk.Image, starts: list[np.ndarray]) -> sitk.Transform:
     affine.SetCenter(similarity.GetCenter())
     affine.SetMatrix(similarity.GetMatrix())
     affine.SetTranslation(similarity.GetTranslation())
-    fixed, mask = _template(4.0)
+    fixed, mask = _template(4.0, stripped)
     return _refine(fixed, mask, moving, affine, sampling=0.5, step=2.0)[1]
 
 

@@ -184,8 +184,8 @@ def compare(pre: Array, low: Array, brain: Mask, spacing_mm: tuple[float, float,
 def symmetric_gain(low: Array, pre: Array) -> float:
     """The factor s that brings `low` to `pre`: sqrt(sum pre^2 / sum low^2) over |s low - pre| < 2.5 MAD, iterated.
 
-    The geometric mean of both regressions: unbiased when both images carry the same noise, and trimmed on both sides, so that
-    enhancement does not pull it (a one-sided quantile biases it upward by 1 to 2 %).
+    The geometric mean of both regressions: unbiased when both images carry the same noise, and trimmed on both sides,
+    so that enhancement does not pull it (a one-sided quantile biases it upward by 1 to 2 %).
 
     Args:
         low: voxels of the low-dose brain, any shape.

@@ -9,6 +9,7 @@ one seed. Must never leave a structure that enhances only in one of low dose and
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -47,6 +48,14 @@ class Scenario:
     def dose_mmol_per_kg(self) -> float:
         """The injected dose."""
         return self.dose_fraction * self.agent.standard_dose_mmol_per_kg
+
+    @property
+    def summary(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.sequence.kind} {self.field_strength_t:.3g} T, {self.dose_fraction:.0%} of the standard dose of "
+            f"{self.agent.name}, noise {self.sigma:.3g}, {self.lesions} lesions"
+        )
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,13 @@ def draw_scenario(rng: np.random.Generator) -> Scenario:
     return Scenario(
         field, agent, dose, draw_sequence(rng), (in_plane, in_plane, through), sigma, bool(rng.uniform() < 0.5), lesions
     )
+
+
+def with_choices(scenario: Scenario, **chosen: Any) -> Scenario:
+    """The scenario with the given fields fixed; None leaves what was drawn. `noise` is the sigma of one image."""
+    if "noise" in chosen:
+        chosen["sigma"] = chosen.pop("noise")
+    return replace(scenario, **{name: value for name, value in chosen.items() if value is not None})
 
 
 def make_phantom(

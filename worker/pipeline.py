@@ -1,0 +1,221 @@
+"""The story of one study: read, choose, check, preprocess, infer, check, compose.
+
+Hides nothing: this is where to start reading. Must never touch pixels of the source, and never return a result that a
+check has refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydicom.dataset import Dataset
+
+from models.agents import BY_NAME
+from models.brain import NoBrainError
+from models.card import RESEARCH_USE
+from models.condition import CONTRACT_VERSION, Conditions
+from models.preprocess import Prepared, RegistrationError, prepare
+from models.quality import Figure, Verdict, judge_conditions, judge_pair, judge_signal
+from models.runtime import Engine, OutputError, UnknownDoseError
+from models.volume import Array
+from service.core.errors import Permanent, Reason
+from service.core.job import JobOptions, Stage
+from worker.acquisition import Acquisition, check_acquisition, read_acquisition
+from worker.derived import DerivationContext, Kind, derive
+from worker.pairing import Pair, choose_pair
+from worker.study import read_study
+
+Progress = Callable[[Stage, float], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Derived instances by kind, the report, and for pictures the prepared pair and the signal on its grid."""
+
+    series: dict[str, list[Dataset]]
+    report: dict[str, Any]
+    prepared: Prepared
+    signal: Array
+
+
+def run(
+    paths: Sequence[Path],
+    options: JobOptions,
+    engine: Engine,
+    progress: Progress,
+    *,
+    allow_unknown: Collection[str] = (),
+    now: Callable[[], datetime] = lambda: datetime.now(UTC),
+) -> Result:
+    """Process one study.
+
+    Args:
+        paths: its DICOM files.
+        options: series named by the caller, if any.
+        engine: network or linear.
+        progress: told the stage and the fraction of the whole.
+        allow_unknown: acquisition values that may be unknown: field_strength, agent, dose.
+        now: clock of the dates in the derived instances.
+
+    Raises:
+        Permanent: with the named reason; see service.core.errors.
+    """
+    clock = _Clock(progress)
+    clock.enter(Stage.READ, 0.0)
+    study = read_study(paths)
+    clock.enter(Stage.CHOOSE, 0.1)
+    pair = choose_pair(study, options.pre_series_uid, options.low_series_uid)
+    acquisition = read_acquisition(pair)
+    check_acquisition(acquisition, allow_unknown)
+    clock.enter(Stage.PREPROCESS, 0.15)
+    prepared = _prepare(pair, lambda part: progress(Stage.PREPROCESS, 0.15 + 0.35 * part))
+    conditions = _conditions(acquisition, prepared)
+    figures = judge_pair(prepared) + judge_conditions(conditions)
+    _refuse(figures, Reason.PAIR_NOT_COMPARABLE)
+    clock.enter(Stage.INFER, 0.5)
+    signal = _predict(engine, prepared, conditions, lambda part: progress(Stage.INFER, 0.5 + 0.3 * part))
+    figures += judge_signal(signal, prepared)
+    _refuse(figures, Reason.OUTPUT_INVALID)
+    clock.enter(Stage.COMPOSE, 0.8)
+    context = _context(engine, acquisition, conditions, study.series_numbers, now())
+    series = {
+        Kind.SD.value: list(derive(Kind.SD, pair.pre, prepared.signal_on_pre(signal), pair.low, context)),
+        Kind.SD_PLUS.value: list(derive(Kind.SD_PLUS, pair.low, prepared.signal_on_low(signal), pair.pre, context)),
+    }
+    clock.enter(Stage.WRITE, 0.9)
+    report = _report(pair, acquisition, prepared, figures, engine=engine, options=options) | {
+        "seconds": clock.seconds()
+    }
+    return Result(series, report, prepared, signal)
+
+
+def write_result(result: Result, folder: Path) -> list[tuple[str, str, str]]:
+    """Write `<kind>/<number>.dcm` and `report.json` into an existing folder.
+
+    Returns:
+        (kind, SOPInstanceUID, path inside the folder) of every instance.
+    """
+    written = []
+    for kind, instances in result.series.items():
+        (folder / kind).mkdir()
+        for number, instance in enumerate(instances, start=1):
+            path = f"{kind}/{number:04}.dcm"
+            instance.save_as(folder / path, enforce_file_format=True)
+            written.append((kind, str(instance.SOPInstanceUID), path))
+    (folder / "report.json").write_text(json.dumps(result.report, indent=1), encoding="utf-8")
+    return written
+
+
+class _Clock:
+    """Tells the stage, and keeps how long each took."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._entered: list[tuple[Stage, float]] = []
+
+    def enter(self, stage: Stage, fraction: float) -> None:
+        self._entered.append((stage, time.monotonic()))
+        self._progress(stage, fraction)
+
+    def seconds(self) -> dict[str, float]:
+        ends = [at for _, at in self._entered[1:]]
+        return {stage.value: round(end - at, 2) for (stage, at), end in zip(self._entered, ends, strict=False)}
+
+
+def _prepare(pair: Pair, progress: Callable[[float], None]) -> Prepared:
+    try:
+        return prepare(pair.pre.volume(), pair.low.volume(), progress=progress)
+    except (NoBrainError, RegistrationError) as error:
+        raise Permanent(Reason.REGISTRATION_FAILED, str(error)) from error
+
+
+def _conditions(acquisition: Acquisition, prepared: Prepared) -> Conditions:
+    return Conditions(
+        field_strength_t=acquisition.field_strength_t.value,
+        agent=acquisition.agent.value,
+        dose_mmol_per_kg=acquisition.dose_mmol_per_kg.value,
+        sequence=acquisition.sequence.value,
+        sigma=prepared.comparison.sigma,
+        spacing_mm=prepared.pre.spacing_mm,
+    )
+
+
+def _context(
+    engine: Engine, acquisition: Acquisition, conditions: Conditions, numbers: frozenset[int], now: datetime
+) -> DerivationContext:
+    """What the derived instances say about their making.
+
+    The configuration hash covers all that decides the result beside the input and the model, so that another software
+    version or dose never reuses a UID.
+    """
+    version = metadata.version("lowgad")
+    decided = [version, CONTRACT_VERSION, engine.name, *(asdict(conditions) | {"sigma": None}).values()]
+    agent = BY_NAME.get(acquisition.agent.value or "")
+    return DerivationContext(
+        model_id=engine.name,
+        model_sha256=engine.digest,
+        config_hash=hashlib.sha256(json.dumps(decided).encode()).hexdigest()[:32],
+        agent=acquisition.agent.value,
+        administered_dose_mmol_per_kg=acquisition.dose_mmol_per_kg.value,
+        simulated_dose_mmol_per_kg=agent.standard_dose_mmol_per_kg if agent else None,
+        software_version=version,
+        now=now,
+        series_numbers_in_use=numbers,
+    )
+
+
+def _refuse(figures: Sequence[Figure], reason: Reason) -> None:
+    bad = [figure for figure in figures if figure.verdict is Verdict.REFUSE]
+    if bad:
+        raise Permanent(reason, "; ".join(f"{figure.name} is {figure.value:g} ({figure.text})" for figure in bad))
+
+
+def _predict(engine: Engine, prepared: Prepared, conditions: Conditions, progress: Callable[[float], None]) -> Array:
+    try:
+        return engine.predict(prepared, conditions, progress)
+    except UnknownDoseError as error:
+        raise Permanent(Reason.UNKNOWN_DOSE, str(error)) from error
+    except OutputError as error:
+        raise Permanent(Reason.OUTPUT_INVALID, str(error)) from error
+
+
+def _report(
+    pair: Pair,
+    acquisition: Acquisition,
+    prepared: Prepared,
+    figures: Sequence[Figure],
+    *,
+    engine: Engine,
+    options: JobOptions,
+) -> dict[str, Any]:
+    """What `report.json` says: how the result came about, in plain values and without patient data."""
+    comparison = prepared.comparison
+    return {
+        "outcome": "DONE",
+        "notice": RESEARCH_USE,
+        "engine": {"name": engine.name, "sha256": engine.digest},
+        "options": asdict(options),
+        "series": {
+            "pre": {"series_instance_uid": pair.pre.series_uid, "slices": len(pair.pre.planes)},
+            "low": {"series_instance_uid": pair.low.series_uid, "slices": len(pair.low.planes)},
+            "witnesses": list(pair.witnesses),
+            "set_aside": list(pair.set_aside),
+        },
+        "acquisition": asdict(acquisition),
+        "preprocessing": {
+            "gain": round(float(comparison.gain * prepared.scale / prepared.low_scale), 5),
+            "white_matter_level": round(prepared.scale, 3),
+            "noise": round(comparison.sigma, 5),
+            "rotation_rad_and_shift_mm": [float(p) for p in prepared.pre_to_low.GetParameters()],
+            "working_spacing_mm": list(prepared.pre.spacing_mm),
+        },
+        "quality": [asdict(figure) | {"verdict": figure.verdict.value} for figure in figures],
+    }
