@@ -76,7 +76,7 @@ def is_reachable(app: Celery) -> bool:
     """Whether the broker answers."""
     try:
         with app.connection_for_write() as connection:
-            connection.ensure_connection(max_retries=1, timeout=BROKER_ANSWERS_WITHIN_SECONDS)
+            connection.ensure_connection(max_retries=1, interval_start=0, timeout=BROKER_ANSWERS_WITHIN_SECONDS)
     except (OperationalError, OSError):
         return False
     return True
@@ -97,6 +97,11 @@ def _broker(settings: Settings) -> dict[str, Any]:
             "socket_connect_timeout": seconds,
             "socket_timeout": seconds,
             "health_check_interval": 30,
+            # A sender learns at once that the broker is away: uploads and clicks wait for the answer.
+            "max_retries": 1,
+            "interval_start": 0,
+            "interval_step": 0,
+            "interval_max": 0,
         }
         return {"broker_url": settings.broker_url, "broker_transport_options": options}
     TRANSPORT_ALIASES["lowgad-files"] = f"{__name__}:EmbeddedBroker"
