@@ -22,7 +22,7 @@ from models.preprocess import Prepared
 from models.volume import Array, Mask
 
 LINEAR_SIGMA_MM = 0.8
-LINEAR_GATE = 2.5  # robust standard deviations of the smoothed subtraction
+LINEAR_GATE = 2.0  # robust standard deviations of the smoothed subtraction
 BYTES_PER_VOXEL = 700  # peak of the small network, measured
 Progress = Callable[[float], None]
 Box = tuple[slice, slice, slice]

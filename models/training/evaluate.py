@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy import ndimage
 
 from models.runtime import linear
 from models.training.phantom import draw_scenario
@@ -19,6 +20,7 @@ from models.volume import Array, Mask
 
 TEST_SEED = 500_000_000  # of phantoms; training and validation draw from other ranges
 ENHANCING, QUIET, FALSE = 0.1, 0.01, 0.1  # of white matter
+MARGIN_MM = 2.5  # around true enhancement: blur there is counted as error, not as false enhancement
 
 Method = Callable[[Sample], Array]
 
@@ -30,12 +32,14 @@ class Score:
     ce_error: float  # mean |y - truth| where the truth enhances
     slope: float  # of y on truth there
     intercept: float
-    false_per_ml: float  # voxels with y > 0.1 per mL of brain that does not enhance
+    false_per_ml: float  # voxels with y > 0.1 per mL of brain farther than 2.5 mm from any true enhancement
 
 
-def score(signal: Array, truth: Array, brain: Mask, voxel_ml: float) -> Score | None:
+def score(signal: Array, truth: Array, brain: Mask, spacing_mm: tuple[float, float, float]) -> Score | None:
     """Compare a predicted with the true enhancement, arrays (k, j, i); None where nothing enhances."""
-    enhancing, quiet = brain & (truth > ENHANCING), brain & (truth < QUIET)
+    enhancing = brain & (truth > ENHANCING)
+    quiet = brain & (ndimage.distance_transform_edt(truth < QUIET, sampling=spacing_mm[::-1]) > MARGIN_MM)
+    voxel_ml = float(np.prod(spacing_mm)) / 1000
     if enhancing.sum() < 30 or not quiet.any():
         return None
     slope, intercept = np.polyfit(truth[enhancing], signal[enhancing], 1)
@@ -83,8 +87,7 @@ def compare_methods(
 
 
 def _score_sample(sample: Sample, method: Method) -> Score | None:
-    voxel_ml = float(np.prod(sample.scenario.spacing_mm)) / 1000
-    return score(method(sample), sample.truth.astype(np.float32), sample.brain, voxel_ml)
+    return score(method(sample), sample.truth.astype(np.float32), sample.brain, sample.scenario.spacing_mm)
 
 
 def interval(values: Sequence[float], rounds: int = 2000) -> tuple[float, float, float]:
