@@ -61,7 +61,7 @@ _PLANES: Mapping[str, tuple[tuple[float, float, float], tuple[float, float, floa
     "sagittal": ((0, 1, 0), (0, 0, -1)),
     "coronal": ((1, 0, 0), (0, 0, -1)),
     # 12 degrees about x, then 7 about z: a normal clinical double oblique.
-    "oblique": ((0.99254615, 0.12186934, 0.0), (-0.11920629, 0.97085737, 0.20791169)),
+    "oblique": ((0.99254615164132, 0.12186934340515, 0.0), (-0.11920620585475, 0.97085663684553, 0.20791169081776)),
 }
 
 _SEQUENCES: Mapping[str, Mapping[str, Any]] = {

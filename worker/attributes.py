@@ -86,6 +86,7 @@ TABLE: tuple[Row, ...] = (
     *_copy("SliceThickness", "same slice", "C.7.6.2", otherwise=""),
     *_copy("SpacingBetweenSlices SliceLocation", "same slice", "C.7.6.2, C.8.3.1"),
     *_copy("Rows Columns", "same matrix", "C.7.6.3"),
+    *_copy("QualityControlImage", "a phantom stays a phantom", "C.7.6.1"),
     *_copy("ScanningSequence SequenceVariant", "how the source was acquired", "C.8.3.1"),
     *_copy("ScanOptions MRAcquisitionType RepetitionTime EchoTime EchoTrainLength", "how the source was acquired",
            "C.8.3.1", otherwise=""),
