@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from socketserver import BaseServer
 from typing import Any, cast
 
@@ -84,16 +85,19 @@ class Listener:
         threading.Thread(target=server.serve_forever, args=(0.1,), name="listener", daemon=True).start()
         return int(server.server_address[1])
 
-    def stop(self, grace_seconds: float = 10.0) -> None:
+    def stop(self, grace_seconds: float = 5.0) -> None:
         """Take no more associations, let the open ones finish for a while, then abort them."""
         if self._server is None:
             return
         self._server.stop_accepting()
         deadline = time.monotonic() + grace_seconds
-        while (open_now := self._server.active_associations) and time.monotonic() < deadline:
+        while any(item.is_established for item in self._server.active_associations) and time.monotonic() < deadline:
             time.sleep(0.05)
-        for association in open_now:
-            association.abort()
+        for association in self._server.active_associations:
+            if association.is_established:
+                association.abort()
+            elif association.dul.socket and association.dul.socket.socket:
+                self._server.shutdown_request(association.dul.socket.socket)
         self._server = None
 
     def _answer_store(self, event: Any) -> int | Dataset:  # pynetdicom has no types
@@ -177,12 +181,8 @@ class _Server(ThreadedAssociationServer):
 
     def __init__(self, *args: Any, settings: Settings, **kwargs: Any) -> None:
         self._most_connections = 2 * settings.max_associations
-        self._settings = settings
+        self.settings = settings
         super().__init__(*args, **kwargs)
-
-    def reader(self, connection: socket.socket) -> _BoundedReader:
-        """What a new connection is read through."""
-        return _BoundedReader(connection, self._settings.receive_timeout_seconds, self._settings.max_object_bytes)
 
     def verify_request(self, _request: Any, client_address: Any) -> bool:
         """Whether to talk to a new connection at all."""
@@ -206,8 +206,13 @@ class _Connection(RequestHandler):
 
     def _create_association(self) -> Association:
         association = super()._create_association()
-        server, connection = cast("_Server", self.server), cast("socket.socket", self.request)
-        vars(association.dul.socket)["recv"] = server.reader(connection)
+        connection, settings = cast("socket.socket", self.request), cast("_Server", self.server).settings
+
+        def nothing_came() -> None:
+            # Otherwise the thread waits for a request until its timer runs out, one for each probe of a load balancer.
+            association.dul.to_user_queue.put(cast("Any", None))
+
+        vars(association.dul.socket)["recv"] = _BoundedReader(connection, settings, nothing_came)
         return association
 
 
@@ -217,9 +222,10 @@ class _BoundedReader:
     Without it the length that a peer announces is believed, and a peer that falls silent inside a PDU is waited for.
     """
 
-    def __init__(self, connection: socket.socket, seconds: float, longest_message_bytes: int) -> None:
-        self._connection, self._seconds = connection, seconds
-        self._longest_message_bytes, self._message_bytes = longest_message_bytes, 0
+    def __init__(self, connection: socket.socket, settings: Settings, when_nothing_came: Callable[[], None]) -> None:
+        self._connection, self._seconds = connection, settings.receive_timeout_seconds
+        self._longest_message_bytes, self._message_bytes = settings.max_object_bytes, 0
+        self._is_first, self._when_nothing_came = True, when_nothing_came
 
     def message_ended(self) -> None:
         """A whole message was handled; the next one is counted from zero."""
@@ -242,5 +248,8 @@ class _BoundedReader:
             if not chunk:
                 break
             received += chunk
+        if self._is_first and not received:
+            self._when_nothing_came()
+        self._is_first = False
         self._connection.settimeout(self._seconds)  # answers are sent over the same socket
         return received
