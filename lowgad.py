@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 error, 2 usage, 3 needs review, 4 rejected.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -148,7 +149,8 @@ def work(queues: tuple[str, ...], *, supervised: bool) -> None:
 
     signals.worker_ready.connect(say_ready)
     signals.setup_logging.connect(_leave_logging_alone)
-    app = make_app(settings, run, lambda name: _engine(settings, name))
+    compute = functools.partial(run, allow_unknown=settings.allow_unknown)
+    app = make_app(settings, compute, lambda name: _engine(settings, name))
     names = ",".join(queues or ("process", "deliver"))
     # solo: engines do not survive a fork, and one process is one job at a time.
     app.worker_main(["--quiet", "worker", "--pool", "solo", "--queues", names, "--without-gossip", "--without-mingle"])
@@ -190,7 +192,7 @@ def run(study: Path, out: Path, engine: str | None, pre_series_uid: str | None, 
             find_files(study), options, _engine(settings, options.engine), progress,
             allow_unknown=settings.allow_unknown,
         )  # fmt: skip
-        write_result(result, out)
+        write_result(result.series, result.report, out)
         write_montage(result.prepared, result.signal, out / "montage.png")
     click.echo(f"{sum(map(len, result.series.values()))} derived instances in {out}")
 

@@ -105,6 +105,7 @@ class StorageScp:
     default_status: int = 0x0000
     received: list[str] = field(default_factory=list)  # SOPInstanceUIDs, in order
     transfer_syntaxes: list[str] = field(default_factory=list)
+    on_received: Callable[[], object] = lambda: None  # called before each answer
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -128,6 +129,7 @@ def running_scp(
                 return 0x0000
             scp.received.append(str(event.request.AffectedSOPInstanceUID))
             scp.transfer_syntaxes.append(str(event.context.transfer_syntax))
+            scp.on_received()
             return scp.statuses.pop(0) if scp.statuses else scp.default_status
 
     entity = AE(ae_title=ae_title)

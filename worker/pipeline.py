@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -97,20 +97,22 @@ def run(
     return Result(series, report, prepared, signal)
 
 
-def write_result(result: Result, folder: Path) -> list[tuple[str, str, str]]:
+def write_result(
+    series: Mapping[str, Sequence[Dataset]], report: dict[str, Any], folder: Path
+) -> list[tuple[str, str, str]]:
     """Write `<kind>/<number>.dcm` and `report.json` into an existing folder.
 
     Returns:
         (kind, SOPInstanceUID, path inside the folder) of every instance.
     """
     written = []
-    for kind, instances in result.series.items():
+    for kind, instances in series.items():
         (folder / kind).mkdir()
         for number, instance in enumerate(instances, start=1):
             path = f"{kind}/{number:04}.dcm"
             instance.save_as(folder / path, enforce_file_format=True)
             written.append((kind, str(instance.SOPInstanceUID), path))
-    (folder / "report.json").write_text(json.dumps(result.report, indent=1), encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     return written
 
 

@@ -1,0 +1,333 @@
+"""The two tasks of a worker: `process` computes a job, `deliver` sends its result.
+
+Hides Celery, leases and what each failure does to a job. A task is worth nothing without its claim: it is taken by
+compare-and-set, kept alive by a heartbeat in a thread of its own, and fenced by the attempt number, so a message that
+comes twice, a worker that was given up and an operator's cancel all end harmlessly. Must never let an error leave a job
+RUNNING, and never write a result that is no longer wanted.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+from celery import Celery
+from pydicom.dataset import Dataset
+from sqlalchemy.exc import SQLAlchemyError
+
+from models.runtime import Engine
+from service.core.errors import Permanent, Reason, Retryable
+from service.core.job import STATE_OF_OUTCOME, Job, JobOptions, Stage, State
+from service.core.ledger import Delivery, DeliveryStatus, Ledger
+from service.core.queue import DELIVER, PROCESS, enqueue_deliver, make_celery
+from service.core.settings import Destination, Settings
+from service.core.spool import Spool
+from service.core.telemetry import Log
+from worker.delivery import Answer, Verdict, backoff_seconds, send
+from worker.pipeline import Progress, write_result
+
+BEATS_PER_LEASE = 4
+REPORT_EVERY_SECONDS = 0.5  # progress goes to the ledger no more often than this
+LONGEST_SECONDS = 3600.0  # after that a computation or delivery has hung: its lease is let go
+PROCESS_RETRY_MAX_SECONDS = 600.0
+STATUS_OF_VERDICT = {
+    Verdict.SENT: DeliveryStatus.SENT,
+    Verdict.SENT_WITH_WARNING: DeliveryStatus.SENT,
+    Verdict.REFUSED: DeliveryStatus.FAILED,
+    Verdict.BUSY: DeliveryStatus.PENDING,
+}
+
+
+class Result(Protocol):
+    """What a computation gives."""
+
+    @property
+    def series(self) -> Mapping[str, Sequence[Dataset]]:
+        """Derived instances by kind: `sd` and `sd_plus`."""
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Acquisition with provenance, quality checks, timings; JSON."""
+
+
+class Run(Protocol):
+    """The pipeline: files in, derived instances out."""
+
+    def __call__(self, paths: Sequence[Path], options: JobOptions, engine: Engine, progress: Progress) -> Result:
+        """Compute; `progress` raises when the job is no longer wanted, and must be let through."""
+
+
+class SupersededError(Exception):
+    """The job was cancelled, or another attempt owns it: stop, and throw the work away."""
+
+
+class Lease:
+    """A claimed job, kept alive by a thread until the block ends.
+
+    Args:
+        ledger: where the heartbeat goes.
+        job: as it was claimed.
+        seconds: how long the claim lasts without a heartbeat.
+    """
+
+    def __init__(self, ledger: Ledger, job: Job, seconds: float) -> None:
+        self._ledger, self._job, self._seconds = ledger, job, seconds
+        self._ended, self._lost = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._beat, name=f"lease-{job.id[:8]}", daemon=True)
+        self._stage: Stage | None = None
+        self._reported_at = 0.0
+
+    def __enter__(self) -> Lease:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def progress(self, stage: Stage, fraction: float) -> None:
+        """Tell the ledger how far the job is (0..1 of the whole).
+
+        Raises:
+            SupersededError: the job is no longer ours.
+        """
+        now = time.monotonic()
+        if stage is not self._stage or now - self._reported_at >= REPORT_EVERY_SECONDS:
+            self._stage, self._reported_at = stage, now
+            self._extend(stage, fraction)
+        self.refuse_if_lost()
+
+    def check(self) -> None:
+        """Ask the ledger now.
+
+        Raises:
+            SupersededError: the job is no longer ours.
+        """
+        self._extend()
+        self.refuse_if_lost()
+
+    def refuse_if_lost(self) -> None:
+        """Raise SupersededError when a heartbeat has found the job gone."""
+        if self._lost.is_set():
+            raise SupersededError
+
+    def _extend(self, stage: Stage | None = None, fraction: float | None = None) -> None:
+        if not self._ledger.heartbeat(self._job.id, self._job.attempt, stage, fraction, lease_seconds=self._seconds):
+            self._lost.set()
+
+    def _beat(self) -> None:
+        let_go_at = time.monotonic() + LONGEST_SECONDS
+        while not self._ended.wait(self._seconds / BEATS_PER_LEASE) and time.monotonic() < let_go_at:
+            try:
+                self._extend()
+            except SQLAlchemyError as error:  # the database may come back before the lease has run out
+                LOG.warning("heartbeat not written", job_id=self._job.id, reason=type(error).__name__)
+
+
+@dataclass
+class Worker:
+    """Does both tasks. Safe to use from one thread; every process has its own."""
+
+    settings: Settings
+    ledger: Ledger
+    spool: Spool
+    queue: Celery
+    run: Run
+    load_engine: Callable[[str], Engine]
+    name: str = field(default_factory=lambda: f"worker:{socket.gethostname()}:{os.getpid()}")
+    clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+    rng: random.Random = field(default_factory=random.Random)
+    _engines: dict[str, Engine] = field(default_factory=dict)
+
+    def process(self, job_id: str) -> None:
+        """Compute a QUEUED job. Anything else is left alone: somebody was faster."""
+        job = self.ledger.claim(job_id, self.name, self.settings.lease_seconds)
+        if job is None:
+            return
+        LOG.info("started", job_id=job.id, attempt=job.attempt)
+        with Lease(self.ledger, job, self.settings.lease_seconds) as lease, self._failing(job, State.RUNNING):
+            result = self.run(self._inputs(job), job.options, self._engine(job.options.engine), lease.progress)
+            lease.progress(Stage.WRITE, 0.95)
+            self._publish(job, result, lease)
+
+    def deliver(self, job_id: str) -> None:
+        """Send what a DELIVERING job still has to send."""
+        job = self.ledger.claim_delivery(job_id, self.name, self.settings.lease_seconds)
+        if job is None:
+            return
+        with Lease(self.ledger, job, self.settings.lease_seconds) as lease, self._failing(job, State.DELIVERING):
+            troubles = [trouble for name in self._pending(job) if (trouble := self._send_to(job, name, lease))]
+            lease.check()
+            self._conclude(job, troubles)
+
+    # --- computing ----------------------------------------------------------------------------------------------------
+
+    def _inputs(self, job: Job) -> list[Path]:
+        paths = [self.spool.path(instance.sha256) for instance in self.ledger.inputs(job.id)]
+        missing = sum(not path.is_file() for path in paths)
+        if missing or not paths:
+            raise Permanent(Reason.INPUT_LOST, f"{missing} of {len(paths)} instances are gone")
+        return paths
+
+    def _engine(self, name: str) -> Engine:
+        """Loaded when it is first needed and then kept: a model takes seconds and much memory."""
+        if name not in self._engines:
+            self._engines[name] = self.load_engine(name)
+        return self._engines[name]
+
+    def _publish(self, job: Job, result: Result, lease: Lease) -> None:
+        with self.spool.publish(job.id) as folder:
+            written = write_result(result.series, result.report, folder)
+            lease.check()
+        deliveries = [
+            Delivery(destination, sop_instance_uid, kind, path)
+            for destination in job.options.destinations
+            for kind, sop_instance_uid, path in written
+        ]
+        done = self.ledger.finish(job.id, job.attempt, actor=self.name, report=result.report, deliveries=deliveries)
+        if done is None:
+            self._withdraw(job)
+            raise SupersededError
+        LOG.info("computed", job_id=job.id, attempt=job.attempt, count=sum(map(len, result.series.values())))
+        if done.state is State.DELIVERING and enqueue_deliver(self.queue, job.id):
+            self.ledger.mark_enqueued(job.id)
+
+    def _withdraw(self, job: Job) -> None:
+        """The job was cancelled in the moment between publishing and telling: there must be no result to find."""
+        now = self.ledger.job(job.id)
+        if now is not None and now.state is State.CANCELLED and now.attempt == job.attempt:
+            self.spool.remove_result(job.id)
+
+    # --- sending ------------------------------------------------------------------------------------------------------
+
+    def _pending(self, job: Job) -> dict[str, list[Delivery]]:
+        """What is still to be sent, by destination."""
+        pending: dict[str, list[Delivery]] = {}
+        for delivery in self.ledger.deliveries(job.id):
+            if delivery.status is DeliveryStatus.PENDING:
+                pending.setdefault(delivery.destination, []).append(delivery)
+        return pending
+
+    def _send_to(self, job: Job, name: str, lease: Lease) -> Retryable | Permanent | None:
+        """Send to one destination and note every answer; the trouble that ended it early, if any."""
+        folder, waiting = self.spool.result_dir(job.id), self._pending(job)[name]
+        by_path = {folder / delivery.path: delivery for delivery in waiting}
+        try:
+            for done, answer in enumerate(send(list(by_path), self._destination(name)), start=1):
+                self._note(job, by_path[answer.path], answer)
+                lease.progress(Stage.DELIVER, done / len(by_path))
+        except Permanent as error:
+            for delivery in self._pending(job).get(name, []):
+                self._record(job, delivery, DeliveryStatus.FAILED, None, error.detail)
+            return error
+        except Retryable as error:
+            return error
+        return None
+
+    def _destination(self, name: str) -> Destination:
+        destination = self.settings.destination(name)
+        if destination is None:
+            raise Permanent(Reason.DESTINATION_REFUSED, f"no destination is called {name} any more")
+        return destination
+
+    def _note(self, job: Job, delivery: Delivery, answer: Answer) -> None:
+        text = "" if answer.verdict is Verdict.SENT else answer.text
+        self._record(job, delivery, STATUS_OF_VERDICT[answer.verdict], answer.status, text)
+
+    def _record(self, job: Job, delivery: Delivery, status: DeliveryStatus, dimse: int | None, error: str) -> None:
+        self.ledger.record_delivery(
+            job.id, delivery.destination, delivery.sop_instance_uid, status, dimse_status=dimse, error=error
+        )
+
+    def _conclude(self, job: Job, troubles: Sequence[Retryable | Permanent]) -> None:
+        """Delivered, refused, or another attempt."""
+        deliveries = self.ledger.deliveries(job.id)
+        counts = {status: sum(item.status is status for item in deliveries) for status in DeliveryStatus}
+        sentence = f"{counts[DeliveryStatus.SENT]} of {len(deliveries)} instances sent"
+        details = "; ".join([sentence, *(trouble.detail for trouble in troubles)])
+        if counts[DeliveryStatus.PENDING]:
+            raise Retryable(Reason.DESTINATION_UNREACHABLE, details)
+        if counts[DeliveryStatus.FAILED]:
+            refusals = sorted({item.last_error for item in deliveries if item.status is DeliveryStatus.FAILED})
+            raise Permanent(Reason.DESTINATION_REFUSED, "; ".join([sentence, *refusals]))
+        self._move(job, State.DELIVERING, State.DELIVERED)
+
+    # --- the task boundary --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _failing(self, job: Job, state: State) -> Iterator[None]:
+        """Whatever goes wrong in the block becomes the job's next state."""
+        try:
+            yield
+        except SupersededError:
+            LOG.info("stopped: cancelled or taken over", job_id=job.id, attempt=job.attempt)
+        except Retryable as error:
+            self._again(job, state, error)
+        except Permanent as error:
+            self._end(job, state, error.reason, error.detail)
+        except OSError as error:
+            full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+            self._unexpected(job, state, Reason.STORAGE_FULL if full else Reason.INTERNAL_ERROR, error)
+        except (Exception, MemoryError) as error:  # noqa: BLE001  the task boundary: no error may leave the job RUNNING
+            self._unexpected(job, state, Reason.INTERNAL_ERROR, error)
+
+    def _again(self, job: Job, state: State, error: Retryable) -> None:
+        """Back off, or give up when all attempts are used."""
+        settings = self.settings
+        if state is State.RUNNING:
+            most, first, cap = settings.max_attempts, settings.retry_seconds, PROCESS_RETRY_MAX_SECONDS
+        else:
+            most, first = settings.delivery_max_attempts, settings.delivery_retry_seconds
+            cap = settings.delivery_retry_max_seconds
+        if job.tries >= most:
+            self._end(job, state, error.reason, f"attempt {job.tries} of {most}: {error.detail}")
+            return
+        due_at = self.clock() + timedelta(seconds=backoff_seconds(job.tries, first, cap, self.rng))
+        LOG.warning("will be tried again", job_id=job.id, attempt=job.attempt, reason=error.reason.name)
+        detail = f"attempt {job.tries} of {most}: {error.detail}"
+        if state is State.DELIVERING:
+            self.ledger.postpone_delivery(job.id, job.attempt, due_at, error.reason, detail)
+        else:
+            self._move(job, state, State.QUEUED, reason=error.reason, detail=detail, due_at=due_at)
+
+    def _end(self, job: Job, state: State, reason: Reason, detail: str) -> None:
+        LOG.warning("ended without result", job_id=job.id, attempt=job.attempt, reason=reason.name)
+        self._move(job, state, STATE_OF_OUTCOME[reason.outcome], reason=reason, detail=detail)
+
+    def _unexpected(self, job: Job, state: State, reason: Reason, error: BaseException) -> None:
+        LOG.failure("unexpected error", error, job_id=job.id, attempt=job.attempt, reason=reason.name)
+        self._move(job, state, STATE_OF_OUTCOME[reason.outcome], reason=reason, detail=type(error).__name__)
+
+    def _move(self, job: Job, state: State, to: State, **why: Any) -> None:
+        self.ledger.move(job.id, [state], to, actor=self.name, attempt=job.attempt, **why)
+
+
+LOG = Log("worker")
+
+
+def make_app(settings: Settings, run: Run, load_engine: Callable[[str], Engine]) -> Celery:
+    """The Celery application of a worker, with both tasks.
+
+    Database, spool and engine are opened by the first task, after Celery has forked.
+    """
+    app, workers = make_celery(settings), list[Worker]()
+
+    def worker() -> Worker:
+        if not workers:
+            spool = Spool(settings.spool_dir, settings.disk_low_bytes)
+            workers.append(Worker(settings, Ledger.open(settings.ledger_url), spool, app, run, load_engine))
+        return workers[0]
+
+    app.task(lambda job_id: worker().process(job_id), name=PROCESS)
+    app.task(lambda job_id: worker().deliver(job_id), name=DELIVER)
+    return app
