@@ -28,11 +28,10 @@ from models.volume import Array
 from service.core.errors import Permanent, Reason
 from worker.attributes import fill_table, without_private
 from worker.planes import Plane, items, number, numbers, texts
-from worker.study import PRODUCT_NAME, Series, axes
+from worker.study import PRIVATE_CREATOR, PRIVATE_GROUP, PRODUCT_NAME, Series, axes
 
 _ROOT = uuid.UUID("5e0c8f0e-6b7a-4d0f-9a55-2f0f7d1f6c11")
 _IMPLEMENTATION_UID = f"2.25.{uuid.uuid5(_ROOT, 'implementation').int}"
-_PRIVATE_GROUP, _PRIVATE_CREATOR = 0x4C47, "LOWGAD SYNTHCE 1"
 
 
 class Kind(Enum):
@@ -216,7 +215,7 @@ def _equipment(header: Dataset, context: DerivationContext, moment: datetime) ->
 
 def _private_characteristics() -> Dataset:
     item = Dataset()
-    item.PrivateGroupReference, item.PrivateCreatorReference = _PRIVATE_GROUP, _PRIVATE_CREATOR
+    item.PrivateGroupReference, item.PrivateCreatorReference = PRIVATE_GROUP, PRIVATE_CREATOR
     item.BlockIdentifyingInformationStatus = "SAFE"
     return item
 
@@ -337,7 +336,7 @@ def _reference(plane: Plane) -> Dataset:
 
 def _add_private_block(instance: Dataset, kind: Kind, context: DerivationContext) -> None:
     """Provenance for our own tools; the public attributes say the same, since systems in between may drop this."""
-    block = instance.private_block(_PRIVATE_GROUP, _PRIVATE_CREATOR, create=True)
+    block = instance.private_block(PRIVATE_GROUP, PRIVATE_CREATOR, create=True)
     block.add_new(0x01, "LO", context.model_id)
     block.add_new(0x02, "LO", context.model_sha256)
     block.add_new(0x03, "LO", context.config_hash)

@@ -136,11 +136,12 @@ class Plane:
 
 @dataclass(frozen=True)
 class Instance:
-    """One file: whom it belongs to, and its planes when it holds MR images."""
+    """One file: whom it belongs to, and its planes when it holds MR images that we can decode."""
 
     path: Path
     header: Dataset
-    planes: tuple[Plane, ...]
+    kind: str  # name of the SOP class, and why it has no planes where it might have
+    planes: tuple[Plane, ...] = ()
 
 
 def read_instance(path: Path) -> Instance:
@@ -148,15 +149,19 @@ def read_instance(path: Path) -> Instance:
 
     Raises:
         Permanent: UNREADABLE_FILE (not DICOM, damaged, required UIDs or pixel data missing), UNSUPPORTED_OBJECT
-            (transfer syntax, size or pixel format), INPUT_LOST (the file is gone).
+            (transfer syntax or size of MR images), INPUT_LOST (the file is gone).
     """
     try:
         dataset = _parse(path)
-        if dataset.SOPClassUID not in MR_IMAGE_CLASSES:
-            return Instance(path, dataset, ())
+        name = UID(dataset.get("SOPClassUID") or dataset.file_meta.MediaStorageSOPClassUID).name
+        if dataset.get("SOPClassUID") not in MR_IMAGE_CLASSES:
+            return Instance(path, dataset, name)
         pixels = _bounded_pixels(dataset, path)
         del dataset.PixelData
-        return Instance(path, dataset, tuple(_planes(dataset, pixels)))
+        unsupported = _unsupported(dataset, pixels)
+        if unsupported:
+            return Instance(path, dataset, f"{name} {unsupported}")
+        return Instance(path, dataset, name, tuple(_planes(dataset, pixels)))
     except FileNotFoundError as error:
         raise Permanent(Reason.INPUT_LOST, "a file of the study is gone") from error
     except _DAMAGE as error:
@@ -199,39 +204,44 @@ def items(header: Dataset, keyword: str) -> list[Dataset]:
 def _parse(path: Path) -> FileDataset:
     """The whole data set of a Part 10 file; of anything but an MR image only what precedes the pixels."""
     meta = read_file_meta_info(path)
-    wanted = meta.get("MediaStorageSOPClassUID") in MR_IMAGE_CLASSES
+    wanted = meta.get("MediaStorageSOPClassUID", MRImageStorage) in MR_IMAGE_CLASSES
     syntax = UID(meta.TransferSyntaxUID)
     if syntax == DeflatedExplicitVRLittleEndian or (wanted and syntax not in TRANSFER_SYNTAXES):
         # A few deflated kilobytes can become gigabytes: refused before a byte is inflated.
         raise Permanent(Reason.UNSUPPORTED_OBJECT, f"transfer syntax {syntax.name}")
     dataset = dcmread(path, stop_before_pixels=not wanted)
-    for keyword in ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID"):
+    for keyword in ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID") if wanted else ():
         if not dataset.get(keyword):
             raise Permanent(Reason.UNREADABLE_FILE, f"{keyword} is missing")
     return dataset
 
 
 def _bounded_pixels(dataset: Dataset, path: Path) -> _Pixels:
-    """The pixels of an MR image, refused here when their size or format is not one we decode."""
+    """The pixels of an MR image, refused here when they are too many or too few."""
     frames = int(number(dataset, "NumberOfFrames") or 1)
     rows, columns = int(dataset.Rows), int(dataset.Columns)
-    size = frames * rows * columns * dataset.BitsAllocated // 8
+    size = frames * rows * columns * dataset.SamplesPerPixel * dataset.BitsAllocated // 8
     if not (0 < rows <= _MAX_SIDE and 0 < columns <= _MAX_SIDE and 0 < frames <= _MAX_FRAMES and size <= _MAX_BYTES):
         raise Permanent(Reason.UNSUPPORTED_OBJECT, f"{frames} frames of {rows} x {columns} pixels")
-    wanted = (dataset.SamplesPerPixel, dataset.PhotometricInterpretation, dataset.HighBit + 1)
-    if wanted != (1, "MONOCHROME2", dataset.BitsStored) or dataset.BitsAllocated not in (8, 16):
-        raise Permanent(Reason.UNSUPPORTED_OBJECT, "pixels are not MONOCHROME2 of 8 or 16 allocated bits")
     present = len(dataset.get_item("PixelData").value)
     if not dataset.file_meta.TransferSyntaxUID.is_compressed and present < size:
         raise Permanent(Reason.UNREADABLE_FILE, f"pixel data has {present} of {size} bytes")
     return _Pixels(path, (frames, rows, columns), int(dataset.BitsStored))
 
 
+def _unsupported(dataset: Dataset, pixels: _Pixels) -> str:
+    """Why the images of an MR object are of no use here, colour maps for one; empty when they are not."""
+    stored = (dataset.SamplesPerPixel, dataset.PhotometricInterpretation, dataset.HighBit + 1)
+    if stored != (1, "MONOCHROME2", dataset.BitsStored) or dataset.BitsAllocated not in (8, 16):
+        return "in colour or of an unusual pixel format"
+    if dataset.SOPClassUID == MRImageStorage and pixels.shape[0] != 1:
+        return "with several frames"
+    return ""
+
+
 def _planes(dataset: Dataset, pixels: _Pixels) -> Iterator[Plane]:
     uid = str(dataset.SOPInstanceUID)
     if dataset.SOPClassUID == MRImageStorage:
-        if pixels.shape[0] != 1:
-            raise Permanent(Reason.UNSUPPORTED_OBJECT, "a classic MR image with several frames")
         yield Plane(dataset, uid, None, *_scaling(dataset, [dataset]), pixels)
         return
     top = [element for element in dataset if not element.is_private and element.keyword not in _FUNCTIONAL_GROUPS]

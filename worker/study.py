@@ -20,9 +20,10 @@ from pydicom.dataset import Dataset
 from models.volume import Volume
 from service.core.errors import Permanent, Reason
 from service.core.series import STEP_TOLERANCE, Fault, HeaderSummary, geometry_faults
-from worker.planes import Instance, Plane, number, numbers, read_instance, texts
+from worker.planes import MR_IMAGE_CLASSES, Instance, Plane, number, numbers, read_instance, texts
 
-PRODUCT_NAME = "lowgad"
+PRODUCT_NAME = "lowgad"  # with the private block, how our own images are recognised
+PRIVATE_GROUP, PRIVATE_CREATOR = 0x4C47, "LOWGAD SYNTHCE 1"
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,10 @@ def read_study(paths: Iterable[Path], progress: Callable[[int, int], None] | Non
             progress(count, len(all_paths))
     _refuse_mixture(instances)
     _refuse_own_output(instances)
-    images = [instance for instance in _without_copies(instances) if instance.planes]
+    images = _without_copies([instance for instance in instances if instance.planes])
     if not images:
-        raise Permanent(Reason.NOT_MR, "; ".join(_others(instances)))
+        is_mr = any(instance.header.get("SOPClassUID") in MR_IMAGE_CLASSES for instance in instances)
+        raise Permanent(Reason.UNSUPPORTED_OBJECT if is_mr else Reason.NOT_MR, "; ".join(_others(instances)))
     series = sorted(_grouped(images), key=lambda one: (number(one.header, "SeriesNumber") or 0, one.series_uid))
     numbers_in_use = frozenset(int(number(instance.header, "SeriesNumber") or 0) for instance in instances)
     return Study(str(images[0].header.StudyInstanceUID), tuple(series), tuple(_others(instances)), numbers_in_use)
@@ -143,9 +145,11 @@ def _plain(text: str) -> str:
 
 def _refuse_own_output(instances: Sequence[Instance]) -> None:
     for instance in instances:
-        makers = texts(instance.header, "Manufacturer") + texts(instance.header, "ManufacturerModelName")
-        if texts(instance.header, "SyntheticData") == ["YES"] or PRODUCT_NAME in map(str.casefold, makers):
-            raise Permanent(Reason.OWN_OUTPUT, "SyntheticData is YES or the manufacturer is this product")
+        header = instance.header
+        makers = [text.casefold() for key in ("Manufacturer", "ManufacturerModelName") for text in texts(header, key)]
+        marked = PRIVATE_CREATOR in header.private_creators(PRIVATE_GROUP)
+        if texts(header, "SyntheticData") == ["YES"] or PRODUCT_NAME in makers or marked:
+            raise Permanent(Reason.OWN_OUTPUT, "SyntheticData is YES, or the manufacturer or a private block is ours")
 
 
 def _without_copies(instances: Sequence[Instance]) -> list[Instance]:
@@ -163,7 +167,7 @@ def _without_copies(instances: Sequence[Instance]) -> list[Instance]:
 
 
 def _others(instances: Sequence[Instance]) -> list[str]:
-    counts = Counter(instance.header.SOPClassUID.name for instance in instances if not instance.planes)
+    counts = Counter(instance.kind for instance in instances if not instance.planes)
     return [f"{count} x {name}" for name, count in sorted(counts.items())]
 
 

@@ -12,7 +12,7 @@ from highdicom.legacy import LegacyConvertedEnhancedMRImage
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.pixels import compress
-from pydicom.uid import UID, JPEG2000Lossless, JPEGLSLossless, RLELossless
+from pydicom.uid import UID, JPEG2000Lossless, JPEGLSLossless, MediaStorageDirectoryStorage, RLELossless
 
 from service.core.errors import Permanent, Reason
 from tests.factories import as_enhanced, encode, make_pair, uid, write_study
@@ -66,6 +66,38 @@ def test_other_series_beside_a_good_pair_are_ignored_and_listed(tmp_path: Path, 
     pair = choose_pair(read_study(write_study(tmp_path, odd=[odd])))
     assert (pair.pre.label, pair.low.label) == ("series 4", "series 9")
     assert any(told in line for line in pair.set_aside)
+
+
+def test_colour_maps_and_a_directory_beside_a_good_pair_are_ignored_but_alone_they_are_unsupported(
+    tmp_path: Path,
+) -> None:
+    pair, colour = make_pair(), make_pair().pre[:3]
+    for k, dataset in enumerate(colour):
+        dataset.SeriesInstanceUID, dataset.SOPInstanceUID = uid("colour"), uid("colour", k)
+        dataset.SamplesPerPixel, dataset.PhotometricInterpretation, dataset.PlanarConfiguration = 3, "RGB", 0
+        dataset.PixelData = bytes(3 * len(dataset.PixelData))
+    directory = Dataset()
+    directory.SOPClassUID, directory.SOPInstanceUID = MediaStorageDirectoryStorage, uid("directory")
+    paths = written(tmp_path, [*pair.all, *colour, directory])
+    found = choose_pair(read_study(paths))
+    assert (found.pre.label, found.low.label) == ("series 4", "series 9")
+    assert "3 x MR Image Storage in colour or of an unusual pixel format" in found.set_aside
+    with pytest.raises(Permanent) as refused:
+        read_study(paths[16:])
+    assert refused.value.reason is Reason.UNSUPPORTED_OBJECT
+
+
+@pytest.mark.parametrize("mark", ["SyntheticData", "Manufacturer", "private block"])
+def test_any_of_our_marks_alone_keeps_our_images_from_being_input(tmp_path: Path, mark: str) -> None:
+    pair = make_pair()
+    for dataset in pair.low:
+        if mark == "private block":
+            dataset.private_block(0x4C47, "LOWGAD SYNTHCE 1", create=True)
+        else:
+            setattr(dataset, mark, {"SyntheticData": "YES", "Manufacturer": "lowgad"}[mark])
+    with pytest.raises(Permanent) as refused:
+        read_study(written(tmp_path, pair.all))
+    assert refused.value.reason is Reason.OWN_OUTPUT
 
 
 def test_nothing_to_read_is_an_empty_upload() -> None:
