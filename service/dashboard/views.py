@@ -7,6 +7,7 @@ reloads. Must never show patient data, never need anything from another host, an
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -17,6 +18,7 @@ from celery import Celery
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from starlette.staticfiles import StaticFiles
 
 from service.core.job import Stage, State
@@ -55,19 +57,20 @@ def make_router(ledger: Ledger, spool: Spool, queue: Celery) -> APIRouter:
 
     @router.get("/")
     def overview(state: State | None = None, before: str | None = None) -> str:
-        return _render("overview.html", **_overview(ledger, state, before))
+        query = _query({"state": state.value if state else None, "before": before})
+        return _page("overview.html", f"/fragments/overview?{query}", _overview(ledger, state, before))
 
     @router.get("/fragments/overview")
-    def overview_fragment(state: State | None = None, before: str | None = None) -> str:
-        return _render("_overview.html", **_overview(ledger, state, before))
+    def overview_fragment(request: Request, state: State | None = None, before: str | None = None) -> Response:
+        return _fragment(request, "overview.html", _overview(ledger, state, before))
 
     @router.get("/jobs/{job_id}")
     def job_page(job_id: str) -> str:
-        return _render("job.html", **_job(ledger, spool, job_id))
+        return _page("job.html", f"/fragments/jobs/{job_id}", _job(ledger, spool, job_id))
 
     @router.get("/fragments/jobs/{job_id}")
-    def job_fragment(job_id: str) -> str:
-        return _render("_job.html", **_job(ledger, spool, job_id))
+    def job_fragment(request: Request, job_id: str) -> Response:
+        return _fragment(request, "job.html", _job(ledger, spool, job_id))
 
     @router.post("/jobs/{job_id}/{action}")
     def press(request: Request, job_id: str, action: Action) -> Response:
@@ -190,6 +193,25 @@ def _environment() -> Environment:
 
 
 _ENVIRONMENT = _environment()
+
+
+def _page(template: str, url: str, values: Mapping[str, Any]) -> str:
+    """A whole page, whose script asks `url` for the part that changes."""
+    part = _render(f"_{template}", **values)
+    return _render(template, part=Markup(part), part_url=url, part_version=_version(part), **values)  # noqa: S704  rendered with autoescape
+
+
+def _fragment(request: Request, template: str, values: Mapping[str, Any]) -> Response:
+    """The part that changes; without content while it is as the browser already has it."""
+    part = _render(f"_{template}", **values)
+    headers = {"ETag": _version(part)}
+    if request.headers.get("if-none-match") == headers["ETag"]:
+        return Response(status_code=304, headers=headers)
+    return HTMLResponse(part, headers=headers)
+
+
+def _version(part: str) -> str:
+    return f'"{hashlib.sha256(part.encode()).hexdigest()[:32]}"'
 
 
 def _render(template: str, **values: Any) -> str:

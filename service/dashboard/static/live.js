@@ -6,7 +6,6 @@ const PERIOD_MS = 2000;
 const live = document.querySelector("[data-fragment]");
 const connection = document.querySelector("[data-connection]");
 const announcer = document.querySelector("[data-announcer]");
-let shown = null;
 let skewMs = 0; // the server's clock minus ours
 let pressed = false;
 
@@ -34,13 +33,13 @@ function announce() {
   if (announcer.textContent !== words) announcer.textContent = words;
 }
 
-function show(text) {
+function show(text, version) {
   const focused = live.contains(document.activeElement) ? document.activeElement.id : "";
   const open = [...live.querySelectorAll("details[open][id]")].map((element) => element.id);
   live.innerHTML = text;
+  live.dataset.version = version;
   for (const id of open) document.getElementById(id)?.setAttribute("open", "");
   if (focused) document.getElementById(focused)?.focus({ preventScroll: true });
-  shown = text;
   tellTimes();
   announce();
 }
@@ -59,12 +58,15 @@ function tellConnection(state, words) {
 async function refresh() {
   if (document.hidden) return;
   try {
-    const answer = await fetch(live.dataset.fragment, { cache: "no-store", signal: AbortSignal.timeout(10000) });
-    if (!answer.ok) throw new Error(`status ${answer.status}`);
-    const text = await answer.text();
+    const answer = await fetch(live.dataset.fragment, {
+      cache: "no-store",
+      headers: { "If-None-Match": live.dataset.version },
+      signal: AbortSignal.timeout(10000),
+    });
+    if (!answer.ok && answer.status !== 304) throw new Error(`status ${answer.status}`);
     const serverTime = Date.parse(answer.headers.get("Date"));
     if (!Number.isNaN(serverTime) && Math.abs(serverTime - Date.now()) > 2000) skewMs = serverTime - Date.now();
-    if (text !== shown && !inUse()) show(text);
+    if (answer.ok && !inUse()) show(await answer.text(), answer.headers.get("ETag"));
     tellConnection("live", "Live");
   } catch {
     tellConnection("lost", "Connection lost, trying again");
