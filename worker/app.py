@@ -328,6 +328,12 @@ def make_app(settings: Settings, run: Run, load_engine: Callable[[str], Engine])
             workers.append(Worker(settings, Ledger.open(settings.ledger_url), spool, app, run, load_engine))
         return workers[0]
 
-    app.task(lambda job_id: worker().process(job_id), name=PROCESS)
-    app.task(lambda job_id: worker().deliver(job_id), name=DELIVER)
+    @app.task(name=PROCESS)  # type: ignore[untyped-decorator]  # celery has no types
+    def process(job_id: str) -> None:
+        worker().process(job_id)
+
+    @app.task(name=DELIVER)  # type: ignore[untyped-decorator]  # celery has no types
+    def deliver(job_id: str) -> None:
+        worker().deliver(job_id)
+
     return app

@@ -112,7 +112,7 @@ def _broker(settings: Settings) -> dict[str, Any]:
         "data_folder_out": str(folder),
         "polling_interval": EMBEDDED_POLLING_SECONDS,
     }
-    return {"broker_url": "lowgad-files://", "broker_transport_options": options}
+    return {"broker_url": "lowgad-files://localhost//", "broker_transport_options": options}
 
 
 class _Channel(filesystem.Channel):
