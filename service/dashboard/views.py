@@ -48,6 +48,9 @@ STAGE_WORDS = {
     Stage.WRITE: "Writing DICOM",
     Stage.DELIVER: "Sending",
 }
+# How names in the report end, longest first.
+UNITS = {"_mmol_per_kg": "mmol/kg", "_mm": "mm", "_ml": "ml", "_kg": "kg", "_rad": "rad", "_t": "T"}
+SHOWN_ELSEWHERE = {"acquisition", "quality", "options"}
 ACTION_WORDS = {Action.RERUN: "Re-run", Action.RESEND: "Re-send", Action.CANCEL: "Cancel"}
 
 
@@ -118,6 +121,7 @@ def _job(ledger: Ledger, spool: Spool, job_id: str) -> dict[str, Any]:
         "destinations": _per_destination(deliveries),
         "inputs": Counter(instance.series_uid for instance in ledger.inputs(job_id)).most_common(),
         "acquisition": list(_acquisition(job.report)),
+        "quality": list(_quality(job.report)),
         "facts": list(_facts(job.report)),
     }
 
@@ -137,18 +141,27 @@ def _acquisition(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         yield _words(name), _plain(value), str(source)
 
 
+def _quality(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """(check, value, verdict, what it means)."""
+    for figure in report.get("quality", []):
+        name, value, verdict = figure.get("name", ""), figure.get("value"), figure.get("verdict", "")
+        yield _words(name), _plain(value), str(verdict), str(figure.get("text", ""))
+
+
 def _facts(report: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Every other part of the report that is a flat table: quality checks, timings, model."""
+    """Every other part of the report that is a table: engine, series, preparation, time per stage."""
     for section, content in report.items():
-        if section != "acquisition" and isinstance(content, dict):
+        if section not in SHOWN_ELSEWHERE and isinstance(content, dict):
             rows = [(_words(name), _plain(value)) for name, value in content.items()]
             if rows:
                 yield _words(section), rows
 
 
 def _words(name: str) -> str:
-    text = name.replace("_", " ").strip()
-    return text[:1].upper() + text[1:]
+    """`dose_mmol_per_kg` as people write it: Dose (mmol/kg)."""
+    unit = next((suffix for suffix in UNITS if name.endswith(suffix)), "")
+    text = name.removesuffix(unit).replace("_", " ").strip()
+    return f"{text[:1].upper()}{text[1:]}" + (f" ({UNITS[unit]})" if unit else "")
 
 
 def _plain(value: Any) -> str:
@@ -188,7 +201,7 @@ def _environment() -> Environment:
     environment.filters["action"] = lambda action: ACTION_WORDS[action]
     environment.filters["state"] = lambda state: WORDS[state]
     environment.filters["stage"] = lambda stage: STAGE_WORDS[stage]
-    environment.globals.update(banner=BANNER, states=list(State), State=State, Sent=DeliveryStatus)
+    environment.globals.update(banner=BANNER, states=list(State), State=State, Action=Action, Sent=DeliveryStatus)
     return environment
 
 

@@ -169,7 +169,7 @@ def test_the_buttons_of_a_job_do_what_they_say(site: Site, page: Chrome) -> None
     job_id = site.job()
     page.get(f"{site.url}/jobs/{job_id}")
     page.find_element(By.ID, "do-cancel").click()
-    until_shown(page, "Stopped before it ended")
+    until_shown(page, "Stopped; nothing more will happen")
     page.find_element(By.ID, "do-rerun").click()
     until_shown(page, "Waiting for a worker")
     assert [step.to_state for step in site.ledger.history(job_id)] == [State.QUEUED, State.CANCELLED, State.QUEUED]
@@ -196,7 +196,7 @@ def test_one_page_tells_everything_about_a_job(site: Site, page: Chrome) -> None
     page.get(f"{site.url}/jobs/{job_id}")
     until_shown(page, "1 of 3 sent")
     text = main(page).text
-    for shown in ("Dose mmol per kg", "0.025", "tag (0018,1041)", "1 refused", "by worker:gpu1", uid(0, "study")):
+    for shown in ("Dose (mmol/kg)", "0.025", "tag (0018,1041)", "1 refused", "by worker:gpu1", uid(0, "study")):
         assert shown in text
     page.find_element(By.CSS_SELECTOR, "#instances summary").click()
     until_shown(page, refused)
