@@ -220,6 +220,65 @@ def simulate(out: Path, seed: int, spacing_mm: float, stripped: bool, **chosen: 
     click.echo(f"{count} instances and truth.npz in {out}: {scenario.summary}")
 
 
+@main.command()
+@click.option("--out", type=FOLDER, default="demo-out", show_default=True, help="Folder for everything it makes")
+def demo(out: Path) -> None:
+    """See the main job: a simulated study in by C-STORE, derived series out, and a picture."""
+    from worker.demo import DemoError, demonstrate
+
+    try:
+        demonstrate(out, os.environ, click.echo)
+    except DemoError as error:
+        raise click.ClickException(str(error)) from None
+
+
+@main.command()
+@click.option("--preset", default="small-cpu", show_default=True, help="smoke, small-cpu or base-gpu")
+@click.option("--steps", type=click.IntRange(1), help="Other than the preset's; may grow when a run goes on")
+@click.option("--out", type=FOLDER, required=True, help="Folder of the run; an earlier part of it is gone on with")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes that simulate")
+def train(preset: str, steps: int | None, out: Path, workers: int) -> None:
+    """Train a network on simulated studies (needs the extra `train`)."""
+    from dataclasses import replace
+
+    from models.training.train import PRESETS
+    from models.training.train import train as run_training
+
+    if preset not in PRESETS:
+        raise click.BadParameter(f"known presets: {', '.join(PRESETS)}", param_hint="--preset")
+    config = replace(PRESETS[preset], steps=steps) if steps else PRESETS[preset]
+    run_training(config, out, workers=workers, report=click.echo)
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("folder", type=FOLDER)
+@click.option("--id", "model_id", required=True, help="Name of the model")
+@click.option("--preset", default="small-cpu", show_default=True, help="Of the run, for the card")
+def export(checkpoint: Path, folder: Path, model_id: str, preset: str) -> None:
+    """Export a CHECKPOINT to the model FOLDER and prove it against torch (needs the extra `train`)."""
+    from models.training.export import ParityError
+    from models.training.export import export as run_export
+
+    try:
+        difference = run_export(checkpoint, folder, model_id=model_id, preset=preset)
+    except ParityError as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(f"{folder}: largest difference between torch and ONNX Runtime {difference:.1e}")
+
+
+@main.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--studies", type=click.IntRange(2), default=40, show_default=True, help="Simulated, held out")
+@click.option("--real", type=STUDY, help="DICOM study of a pair whose truth is known")
+@click.option("--truth", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="truth.npz of --real")
+def evaluate(folder: Path, studies: int, real: Path | None, truth: Path | None) -> None:
+    """Compare the model in FOLDER with the linear engine, and write FOLDER/CARD.md."""
+    from worker.evaluation import write_card
+
+    write_card(folder, studies=studies, real=(real, truth) if real and truth else None, say=click.echo)
+
+
 def _settings(environ: Mapping[str, str]) -> Settings:
     from service.core.settings import Settings, SettingsError
 

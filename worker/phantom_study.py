@@ -62,6 +62,7 @@ def write_phantom_study(phantom: Phantom, seed: int, folder: Path) -> int:
         lesions=phantom.lesion_labels,
         lesion_diameters_mm=np.array(phantom.lesion_diameters_mm),
         dose_fraction=phantom.scenario.dose_fraction,
+        wm=WHITE_MATTER_LEVEL,
     )
     return written
 
