@@ -92,11 +92,16 @@ def report_ready(stream: IO[str], port: int | None = None) -> None:
 
 
 def stop_with_parent(stdin: IO[str], stop: Callable[[], None]) -> None:
-    """In a child: call `stop` when the supervisor closes our standard input, or dies."""
+    """In a child: call `stop` when the supervisor closes our standard input, or dies.
+
+    Again and again, because a child that is still starting may not have ears for it yet.
+    """
 
     def wait() -> None:
         stdin.read()
-        stop()
+        while True:
+            stop()
+            time.sleep(1)
 
     threading.Thread(target=wait, name="parent", daemon=True).start()
 
