@@ -8,6 +8,7 @@ the conformance statement. Must never let the simulated dose stand where the inj
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -188,21 +189,31 @@ def fill_table(header: Dataset, low_header: Dataset, values: Mapping[str, Any]) 
 
 def _copy_element(instance: Dataset, header: Dataset, row: Row) -> None:
     element = header.get(_tag(row.keyword))
-    if element is None or element.is_empty:
-        if row.value is not None:
-            setattr(instance, row.keyword, row.value)
-        return
-    value = element.value
-    if element.VR == VR.DS:
-        value = [_short(item) for item in (value if isinstance(value, MultiValue) else [value])]
-    elif element.VR == VR.SQ:
-        value = without_private(value)
-    instance[row.keyword] = DataElement(element.tag, element.VR, value)
+    value = None if element is None or element.is_empty else _copied(element)
+    if value is not None and element is not None:
+        instance[row.keyword] = DataElement(element.tag, element.VR, value)
+    elif row.value is not None:
+        setattr(instance, row.keyword, row.value)
 
 
-def _short(value: object) -> str:
-    """A decimal string as the source writes it; shortened only when it is longer than the 16 bytes of a DS."""
-    text = str(value)
+def _copied(element: DataElement) -> Any:
+    """The value as the source writes it; None where it is text that is no number but should be one."""
+    if element.VR == VR.SQ:
+        return without_private(element.value)
+    if element.VR not in (VR.DS, VR.IS):
+        return element.value
+    values = element.value if isinstance(element.value, MultiValue | list) else [element.value]
+    written = [str(value).strip().replace(",", ".") for value in values]
+    form = _INTEGER if element.VR == VR.IS else _DECIMAL
+    return [_short(text) for text in written] if all(map(form.fullmatch, written)) else None
+
+
+_INTEGER = re.compile(r"[+-]?\d{1,12}")
+_DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def _short(text: str) -> str:
+    """A decimal string, shortened only when it is longer than the 16 bytes of a DS."""
     return text if len(text) <= 16 else format_number_as_ds(float(text))
 
 

@@ -23,11 +23,12 @@ import numpy.typing as npt
 from pydicom import dcmread
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileDataset
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.filereader import read_file_meta_info
 from pydicom.multival import MultiValue
 from pydicom.pixels.utils import pixel_array
 from pydicom.sequence import Sequence
+from pydicom.tag import Tag
 from pydicom.uid import (
     JPEG2000,
     UID,
@@ -69,6 +70,7 @@ _MAX_BYTES = 2**30
 # What pydicom and the decoders raise on damaged or hostile files. RecursionError: sequences nested without end.
 _DAMAGE = (
     InvalidDicomError,
+    BytesLengthException,
     OSError,
     EOFError,
     ValueError,
@@ -80,6 +82,8 @@ _DAMAGE = (
     MemoryError,
     struct.error,
 )
+
+_PIXEL_DATA = Tag("PixelData")
 
 Stored = npt.NDArray[np.integer]
 
@@ -210,10 +214,22 @@ def _parse(path: Path) -> FileDataset:
         # A few deflated kilobytes can become gigabytes: refused before a byte is inflated.
         raise Permanent(Reason.UNSUPPORTED_OBJECT, f"transfer syntax {syntax.name}")
     dataset = dcmread(path, stop_before_pixels=not wanted)
+    _convert(dataset)
     for keyword in ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID") if wanted else ():
         if not dataset.get(keyword):
             raise Permanent(Reason.UNREADABLE_FILE, f"{keyword} is missing")
     return dataset
+
+
+def _convert(dataset: Dataset) -> None:
+    """Make pydicom convert every public element now, so that damage shows here and not where a value is used.
+
+    Private elements are left alone: vendors write some that break rules, and that is no reason to refuse an image.
+    """
+    for tag in [tag for tag in dataset.keys() if not tag.is_private and tag != _PIXEL_DATA]:  # noqa: SIM118 a Dataset iterates over elements
+        element = dataset[tag]
+        for item in element.value if element.VR == VR.SQ else ():
+            _convert(item)
 
 
 def _bounded_pixels(dataset: Dataset, path: Path) -> _Pixels:

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from pydantic import TypeAdapter
 from pydicom.dataset import Dataset
+from pydicom.multival import MultiValue
 
 from service.core.errors import Reason
 
@@ -210,7 +211,7 @@ def _vectors(header: Dataset, keyword: str, length: int) -> Iterator[tuple[float
 
 def _texts(header: Dataset, keyword: str) -> frozenset[str]:
     value = _value(header, keyword)
-    many: Iterable[Any] = () if value is None else [value] if isinstance(value, str) else value
+    many: Iterable[Any] = () if value is None else value if isinstance(value, MultiValue) else [value]
     return frozenset(str(part).strip().upper() for part in many)
 
 

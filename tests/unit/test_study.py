@@ -16,6 +16,7 @@ from pydicom.uid import UID, JPEG2000Lossless, JPEGLSLossless, MediaStorageDirec
 
 from service.core.errors import Permanent, Reason
 from tests.factories import as_enhanced, encode, make_pair, uid, write_study
+from worker.acquisition import read_acquisition
 from worker.pairing import choose_pair
 from worker.study import Study, find_files, read_study
 
@@ -297,3 +298,22 @@ def test_real_philips_series_read_alike_in_classic_and_enhanced_form(tmp_path: P
     assert np.abs(classic.volume().affine - enhanced.volume().affine).max() < 1e-6
     ratio = classic.volume().voxels.mean() / enhanced.volume().voxels.mean()
     assert 0.8 < ratio < 1.25  # stored values alone differ by 40 %, displayed values by a factor of 1700
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:pydicom")  # it warns of the damage that the test makes
+def test_damaged_headers_end_in_a_reason_and_never_in_a_crash(tmp_path: Path) -> None:
+    paths = write_study(tmp_path, vendor="philips", rows=8, columns=8)
+    random, victim = np.random.default_rng(7), paths[11]
+    sound, reasons = victim.read_bytes(), set()
+    for _ in range(80):
+        damaged = bytearray(sound)
+        for place in random.integers(132, min(2500, len(sound)), 3):
+            damaged[place] = random.choice([0, 255, ord("9"), ord("\\"), ord(" ")])
+        victim.write_bytes(damaged)
+        try:
+            pair = choose_pair(read_study(paths))
+            read_acquisition(pair)
+            pair.low.volume()
+        except Permanent as error:
+            reasons.add(error.reason)
+    assert Reason.UNREADABLE_FILE in reasons
