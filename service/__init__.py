@@ -1,1 +1,1 @@
-"""What the hospital talks to: DICOM listener, REST interface, dashboard, intake. CPU only, carries bytes and never arrays."""
+"""What the hospital talks to: DICOM listener, REST, dashboard, intake. CPU only; carries bytes and never arrays."""

@@ -387,6 +387,22 @@ def test_a_job_that_backs_off_is_due_at_its_moment(ledger: Ledger, clock: Clock)
     assert [found.id for found in ledger.due(0)] == [job.id]
 
 
+def test_only_studies_in_which_nothing_happens_any_more_are_forgotten(ledger: Ledger, clock: Clock) -> None:
+    done = a_result(ledger, *deliveries("1"))
+    ledger.move(done.id, [State.DELIVERING], State.DELIVERED, actor="worker")
+    busy, waiting = an_instance(2, study="1.2.4"), an_instance(3, study="1.2.5")
+    for instance in (busy, waiting):
+        ledger.add_instance(instance)
+    queued, _ = ledger.create_job("1.2.4", [busy], JobOptions(), "rest")
+    assert ledger.forget(clock.now) == 0
+    clock.advance(1)
+    assert ledger.forget(clock.now) == 1
+    assert (ledger.job(done.id), ledger.instances("1.2.3"), ledger.deliveries(done.id)) == (None, [], [])
+    assert not ledger.holds(an_instance(1).sha256)
+    assert ledger.job(queued.id) == queued
+    assert ledger.instances("1.2.5") == [waiting]
+
+
 @given(st.datetimes(timezones=st.timezones()))
 def test_moments_come_back_in_utc_whatever_zone_they_came_in(moment: datetime) -> None:
     with Ledger.open("sqlite://") as ledger:

@@ -271,6 +271,17 @@ def test_a_full_disk_is_temporary_and_says_so(tmp_path: Path) -> None:
         assert running.stored() == {}
 
 
+def test_a_spool_that_cannot_be_written_is_temporary_and_nothing_is_noted(tmp_path: Path) -> None:
+    with listening(tmp_path / "var") as running:
+        unfinished = running.settings.spool_dir / "unfinished"
+        unfinished.rename(unfinished.with_name("away"))
+        [dataset] = study(13, count=1)
+        assert store(running, dataset) == [0xA700]
+        assert running.stored() == {}
+        unfinished.with_name("away").rename(unfinished)
+        assert store(running, dataset) == [0x0000]
+
+
 def test_a_database_that_is_locked_is_temporary_and_echo_does_not_wait_for_it(tmp_path: Path) -> None:
     with listening(tmp_path / "var") as running:
         with closing(sqlite3.connect(tmp_path / "var" / "ledger.sqlite", isolation_level=None)) as database:
