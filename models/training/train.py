@@ -162,8 +162,9 @@ def _schedule(step: int, steps: int) -> float:
 def loss(raw: Tensor, bound: Tensor, truth: Tensor, brain: Tensor) -> Tensor:
     """Charbonnier error of the bounded signal, heavier where there is enhancement, plus what exceeds the bound.
 
-    A squared term over the enhancing voxels keeps the mean unbiased (a slope of 1), where an absolute error alone
-    prefers the median and shrinks weak signals. Outside the brain errors count a third.
+    Errors count relative to 0.5 + truth, so that vessels do not drown weak lesions. A squared term over the enhancing
+    voxels keeps the mean unbiased (a slope of 1), where an absolute error alone prefers the median and shrinks weak
+    signals. Outside the brain errors count a third.
 
     Args:
         raw: prediction before the bound.
@@ -171,12 +172,12 @@ def loss(raw: Tensor, bound: Tensor, truth: Tensor, brain: Tensor) -> Tensor:
         truth: contrast enhancement of the standard dose.
         brain: 1 inside the brain; all (n, 1, k, j, i).
     """
-    error = torch.minimum(raw, bound) - truth
+    error = (torch.minimum(raw, bound) - truth) / (0.5 + truth)
     enhancing = torch.clamp(truth / 0.1, 0, 1)
     weight = (1 + 4 * enhancing) * (0.3 + 0.7 * brain)
-    robust = torch.sqrt(error**2 + 1e-4) - 0.01
-    excess = functional.relu(raw - bound)
-    return torch.mean(weight * (robust + 0.5 * enhancing * error.clamp(-2, 2) ** 2)) + 0.1 * torch.mean(excess)
+    robust = torch.sqrt(error**2 + 4e-4) - 0.02
+    excess = functional.relu(raw - bound) / (0.5 + truth)
+    return torch.mean(weight * (robust + enhancing * error.clamp(-1.5, 1.5) ** 2)) + 0.1 * torch.mean(excess)
 
 
 @torch.no_grad()
