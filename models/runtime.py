@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from scipy import ndimage
 
 from models.card import Card, ModelError, read_card
@@ -23,7 +24,16 @@ from models.volume import Array, Mask
 
 LINEAR_SIGMA_MM = 0.8
 LINEAR_GATE = 2.0  # robust standard deviations of the smoothed subtraction
-BYTES_PER_VOXEL = 700  # peak of the small network, measured
+BYTES_PER_VOXEL = 450  # peak of the small network on the CPU, measured
+_LOAD_ERRORS = (
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NoSuchFile,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
 Progress = Callable[[float], None]
 Box = tuple[slice, slice, slice]
 
@@ -103,8 +113,12 @@ class NetworkEngine:
         available = [p for p in wanted if p in ort.get_available_providers()]
         try:
             self._session = ort.InferenceSession(str(self.card.model_path), options, providers=available)
-        except Exception as error:
+        except _LOAD_ERRORS as error:
             raise ModelError(f"ONNX Runtime cannot load model {self.card.id}: {type(error).__name__}") from error
+        said = self._session.get_modelmeta().custom_metadata_map
+        for name, expected in (("opset", self.card.opset), ("contract", self.card.contract)):
+            if said.get(name) != str(expected):
+                raise ModelError(f"model {self.card.id}: {name} is {said.get(name)}, the card says {expected}")
 
     @property
     def name(self) -> str:
@@ -137,14 +151,14 @@ class NetworkEngine:
         shape = images.shape[1:]
         padded = np.pad(images, [(0, 0), *((0, -n % stride) for n in shape)], mode="edge")
         out = np.zeros(padded.shape[1:], np.float32)
-        tiles = list(self._tiles(padded.shape[1:]))
+        tiles = list(self.tiles(padded.shape[1:]))
         for count, (read, write, core) in enumerate(tiles, 1):
             feed = {"images": np.ascontiguousarray(padded[:, *read][None]), "condition": condition[None]}
             out[write] = self._session.run(["signal"], feed)[0][0, 0][core]
             progress(count / len(tiles))
         return out[tuple(slice(0, n) for n in shape)]
 
-    def _tiles(self, shape: tuple[int, ...]) -> Iterator[tuple[Box, Box, Box]]:
+    def tiles(self, shape: tuple[int, ...]) -> Iterator[tuple[Box, Box, Box]]:
         """(read, write, core of what was read) boxes that cover the volume; one box where memory allows.
 
         The largest halo-free core that fits is chosen; halves of the longest side until it does.

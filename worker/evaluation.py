@@ -1,7 +1,7 @@
 """The model card's figures: the network against the linear engine on held-out simulated studies and on a real pair.
 
-Hides the protocol: fixed seeds, doses and metrics (models.training.evaluate), and the rendering of CARD.md. The real pair
-goes through the same pipeline as a hospital's study. Must never choose what to report by its result.
+Hides the protocol: fixed seeds, doses and metrics (models.training.evaluate), and the rendering of CARD.md. The real
+pair goes through the same pipeline as a hospital's study. Must never choose what to report by its result.
 """
 
 from __future__ import annotations

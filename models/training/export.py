@@ -70,12 +70,22 @@ def export(checkpoint: Path, folder: Path, *, model_id: str, preset: str) -> flo
         opset_version=OPSET,
         dynamo=False,
     )
+    _sign(path)
     difference = parity(network, path)
     if difference > 1e-4:
         raise ParityError(f"torch and ONNX Runtime differ by {difference:.2e}")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     (folder / "card.toml").write_text(_card(model_id, preset, config, digest), encoding="utf-8")
     return difference
+
+
+def _sign(path: Path) -> None:
+    """Write opset and contract into the network itself, where loading can compare them with the card."""
+    import onnx  # noqa: PLC0415  export alone needs it
+
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, {"opset": str(OPSET), "contract": str(CONTRACT_VERSION)})
+    onnx.save(model, path)
 
 
 def parity(network: Network, path: Path) -> float:

@@ -31,11 +31,11 @@ class Config:
 
     variant: str = "small"
     steps: int = 6000
-    batch: int = 4
+    batch: int = 2
     patch: int = 40
     rate: float = 2e-3
     keep: int = 200  # simulated blocks held at a time
-    refresh: int = 6  # steps between two new blocks
+    refresh: int = 10  # steps between two new blocks
     validation: int = 12
     ema: float = 0.998
     seed: int = 1
@@ -162,7 +162,7 @@ def _schedule(step: int, steps: int) -> float:
 def loss(raw: Tensor, bound: Tensor, truth: Tensor, brain: Tensor) -> Tensor:
     """Charbonnier error of the bounded signal, heavier where there is enhancement, plus what exceeds the bound.
 
-    Errors count relative to 0.5 + truth, so that vessels do not drown weak lesions. A squared term over the enhancing
+    Errors count relative to 1 + truth, so that vessels do not drown weak lesions. A squared term over the enhancing
     voxels keeps the mean unbiased (a slope of 1), where an absolute error alone prefers the median and shrinks weak
     signals. Outside the brain errors count a third.
 
@@ -172,11 +172,11 @@ def loss(raw: Tensor, bound: Tensor, truth: Tensor, brain: Tensor) -> Tensor:
         truth: contrast enhancement of the standard dose.
         brain: 1 inside the brain; all (n, 1, k, j, i).
     """
-    error = (torch.minimum(raw, bound) - truth) / (0.5 + truth)
+    error = (torch.minimum(raw, bound) - truth) / (1 + truth)
     enhancing = torch.clamp(truth / 0.1, 0, 1)
-    weight = (1 + 4 * enhancing) * (0.3 + 0.7 * brain)
+    weight = (1 + 9 * enhancing) * (0.3 + 0.7 * brain)
     robust = torch.sqrt(error**2 + 4e-4) - 0.02
-    excess = functional.relu(raw - bound) / (0.5 + truth)
+    excess = functional.relu(raw - bound) / (1 + truth)
     return torch.mean(weight * (robust + enhancing * error.clamp(-1.5, 1.5) ** 2)) + 0.1 * torch.mean(excess)
 
 

@@ -1,0 +1,174 @@
+"""Engines: the bound, tiles, guards, and what a model folder must satisfy to be loaded."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from models.card import DEFAULT_MODEL, ZOO, ModelError, read_card
+from models.condition import DOSE_INDEX, NAMES, Conditions, vector
+from models.preprocess import prepare
+from models.quality import Verdict, judge_pair
+from models.runtime import LinearEngine, NetworkEngine, UnknownDoseError
+from models.training.network import HEADROOM, UNKNOWN_DOSE_FRACTION
+from models.volume import Array
+from tests.numeric.phantoms import as_volume, head
+
+MODEL = ZOO / DEFAULT_MODEL
+
+
+def conditions(dose: float | None = 1 / 30, agent: str | None = "gadobutrol") -> Conditions:
+    return Conditions(3.0, agent, dose, "MPRAGE", 0.03, (1.0, 1.0, 1.0))
+
+
+@pytest.fixture(scope="module")
+def engine() -> NetworkEngine:
+    return NetworkEngine(MODEL)
+
+
+def measured_uptake(subtraction: Array) -> Array:
+    """The largest of the subtraction and its three smoothings: binomial, twice, and once more twice as wide."""
+    kernel = np.array([0.25, 0.5, 0.25])
+    wide_kernel = np.array([0.25, 0.0, 0.5, 0.0, 0.25])
+
+    def blur(volume: Array, taps: np.ndarray) -> Array:
+        for axis in range(3):
+            volume = ndimage.convolve1d(volume, taps, axis, mode="nearest")
+        return volume
+
+    once = blur(subtraction, kernel)
+    twice = blur(once, kernel)
+    return np.maximum.reduce([subtraction, once, twice, blur(twice, wide_kernel), np.zeros_like(subtraction)])
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    level=st.floats(-1.0, 3.0),
+    spread=st.floats(0.0, 2.0),
+    dose=st.one_of(st.none(), st.floats(0.05, 1.0)),
+    nuisance=st.floats(-3.0, 3.0),
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_signal_never_exceeds_the_bound_whatever_the_input(
+    engine: NetworkEngine, *, seed: int, level: float, spread: float, dose: float | None, nuisance: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    images = rng.normal(level, spread, (3, 16, 20, 12)).astype(np.float32)
+    condition = vector(conditions(None if dose is None else dose * 0.1)) + np.float32(0)
+    known = {DOSE_INDEX, DOSE_INDEX + 1}
+    for index in set(range(len(NAMES))) - known:
+        condition[index] += rng.normal(0, abs(nuisance))
+    signal = engine.run(images, condition)
+    bound = HEADROOM / (dose or UNKNOWN_DOSE_FRACTION) * measured_uptake(images[0].astype(np.float64))
+    assert signal.min() >= 0
+    assert (signal <= bound * (1 + 1e-4) + 1e-4).all()
+
+
+def test_there_is_no_enhancement_where_no_uptake_was_measured(engine: NetworkEngine) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.uniform(0, 2, (3, 24, 24, 24)).astype(np.float32)
+    images[0] = -np.abs(images[0])
+    images[0, :4] = 1.0  # uptake far away
+    signal = engine.run(images, vector(conditions()))
+    assert signal[:4].max() > 0
+    assert np.count_nonzero(signal[9:]) == 0  # smoothing reaches 4 voxels
+
+
+def test_a_higher_dose_never_raises_the_bound(engine: NetworkEngine) -> None:
+    images = np.full((3, 8, 8, 8), 0.4, np.float32)
+    for low, high in ((0.05, 0.1), (0.1, 0.33), (0.33, 0.9)):
+        assert HEADROOM / high * 0.4 < HEADROOM / low * 0.4
+        assert engine.run(images, vector(conditions(high * 0.1))).max() <= HEADROOM / high * 0.4 + 1e-5
+
+
+def test_tiles_and_the_whole_volume_agree(engine: NetworkEngine) -> None:
+    rng = np.random.default_rng(1)
+    images = ndimage.gaussian_filter(rng.normal(0.1, 0.5, (3, 30, 41, 173)), (0, 1, 1, 1)).astype(np.float32)
+    whole = engine.run(images, vector(conditions()))
+    tiled_engine = NetworkEngine(MODEL, memory_bytes=90 << 20)
+    tiles = list(tiled_engine.tiles((32, 44, 176)))
+    assert len(tiles) > 1
+    tiled = tiled_engine.run(images, vector(conditions()))
+    assert np.abs(whole - tiled).max() < 1e-5
+
+
+def test_a_lesion_in_a_phantom_is_predicted_and_quiet_brain_stays_quiet(engine: NetworkEngine) -> None:
+    phantom = head(stripped=True)
+    prepared = prepare(as_volume(phantom.pre), as_volume(phantom.low))
+    signal = prepared.signal_on_pre(engine.predict(prepared, conditions())) / prepared.scale
+    lesion = (phantom.lesion_labels > 0) & (phantom.enhancement > 0.3)
+    quiet = ndimage.distance_transform_edt(phantom.enhancement < 0.01) > 3
+    assert 0.5 < signal[lesion].mean() / phantom.enhancement[lesion].mean() < 1.4
+    assert signal[quiet & phantom.brain].mean() < 0.02
+
+
+def test_the_linear_engine_divides_by_the_dose_and_needs_it() -> None:
+    phantom = head(stripped=True)
+    prepared = prepare(as_volume(phantom.pre), as_volume(phantom.low))
+    half, full = (LinearEngine().predict(prepared, conditions(dose)) for dose in (0.05, 0.1))
+    assert half.max() == pytest.approx(2 * full.max(), rel=1e-5)
+    with pytest.raises(UnknownDoseError):
+        LinearEngine().predict(prepared, conditions(None))
+
+
+def test_like_pairs_pass_the_gate_and_unlike_ones_are_refused() -> None:
+    phantom = head(stripped=True)
+    like = judge_pair(prepare(as_volume(phantom.pre), as_volume(phantom.low)))
+    # Another contrast of the same head: grey and white matter change places.
+    inverted = np.where(phantom.brain, np.maximum(1.5 - phantom.pre, 0), 0)
+    unlike = judge_pair(prepare(as_volume(phantom.pre), as_volume(inverted)))
+    assert {figure.verdict for figure in like if figure.name != "brain_ml"} == {Verdict.PASS}
+    assert Verdict.REFUSE in {figure.verdict for figure in unlike}
+
+
+def test_unknown_values_are_passed_as_unknown_and_never_as_a_default() -> None:
+    nothing = vector(Conditions(None, None, None, None, 0.03, (1.0, 1.0, 1.0)))
+    known = [name for name in NAMES if name.endswith("known")]
+    assert [nothing[NAMES.index(name)] for name in known] == [0.0] * len(known)
+    assert not nothing[[NAMES.index(f"sequence_{name}") for name in ("spgr", "mprage", "se")]].any()
+
+
+@pytest.fixture
+def model_copy(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(MODEL, tmp_path / "model"))
+
+
+def test_an_altered_network_is_refused_at_load(model_copy: Path) -> None:
+    path = model_copy / "model.onnx"
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    with pytest.raises(ModelError, match="SHA-256"):
+        read_card(model_copy)
+
+
+@pytest.mark.parametrize(("old", "new"), [("contract = 1", "contract = 2"), ("opset = 18", "opset = 17")])
+def test_a_model_of_another_contract_or_opset_is_refused(model_copy: Path, old: str, new: str) -> None:
+    card = model_copy / "card.toml"
+    card.write_text(card.read_text().replace(old, new))
+    with pytest.raises(ModelError, match=new.split(maxsplit=1)[0]):
+        NetworkEngine(model_copy)
+
+
+def test_a_folder_without_a_card_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="incomplete"):
+        NetworkEngine(tmp_path)
+
+
+def test_what_is_not_a_network_is_refused(model_copy: Path) -> None:
+    import hashlib
+
+    (model_copy / "model.onnx").write_bytes(b"nothing")
+    text = (model_copy / "card.toml").read_text()
+    digest = read_digest(text)
+    (model_copy / "card.toml").write_text(text.replace(digest, hashlib.sha256(b"nothing").hexdigest()))
+    with pytest.raises(ModelError, match="cannot load"):
+        NetworkEngine(model_copy)
+
+
+def read_digest(card: str) -> str:
+    return next(line.split('"')[1] for line in card.splitlines() if line.startswith("sha256"))
