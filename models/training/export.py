@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -60,16 +61,18 @@ def export(checkpoint: Path, folder: Path, *, model_id: str, preset: str) -> flo
     path = folder / "model.onnx"
     example = (torch.rand(1, 3, 32, 32, 32), torch.zeros(1, len(NAMES)))
     sides = {2: "k", 3: "j", 4: "i"}
-    torch.onnx.export(
-        network,
-        example,
-        str(path),
-        input_names=["images", "condition"],
-        output_names=["signal"],
-        dynamic_axes={"images": sides, "signal": sides},
-        opset_version=OPSET,
-        dynamo=False,
-    )
+    with warnings.catch_warnings():  # torch is pinned; its newer exporter would add onnxscript for the same graph
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            network,
+            example,
+            str(path),
+            input_names=["images", "condition"],
+            output_names=["signal"],
+            dynamic_axes={"images": sides, "signal": sides},
+            opset_version=OPSET,
+            dynamo=False,
+        )
     _sign(path)
     difference = parity(network, path)
     if difference > 1e-4:
