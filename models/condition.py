@@ -62,16 +62,17 @@ class Conditions:
 def vector(conditions: Conditions) -> npt.NDArray[np.float32]:
     """The conditioning vector, float32 of shape (len(NAMES),), in the order of NAMES."""
     field, fraction, r1 = conditions.field_strength_t, conditions.dose_fraction, conditions.relaxivity_per_mm_s
-    dose = conditions.dose_mmol_per_kg
+    # The effective dose needs dose, agent and field strength: with one of them unknown, 0 would read as 0.15 /s.
+    effective = None if r1 is None or fraction is None else conditions.dose_mmol_per_kg
     return np.array(
         [
             0.0 if field is None else (field - 2.25) / 0.75,
             float(field is not None),
             0.0 if fraction is None else math.log(fraction),
             float(fraction is not None),
-            0.0 if r1 is None or dose is None else math.log(dose * r1 / 0.15),
-            0.0 if r1 is None else r1 / 10,
-            float(r1 is not None),
+            0.0 if r1 is None or effective is None else math.log(effective * r1 / 0.15),
+            0.0 if r1 is None or effective is None else r1 / 10,
+            float(effective is not None),
             math.log(conditions.sigma / 0.03),
             *(math.log(s) for s in conditions.spacing_mm),
             *(float(conditions.sequence == name) for name in SEQUENCES),
