@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from celery import Celery
 from pydicom.dataset import Dataset
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
 from models.runtime import Engine
 from service.core.errors import Permanent, Reason, Retryable
@@ -104,7 +104,7 @@ class Lease:
         now = time.monotonic()
         if stage is not self._stage or now - self._reported_at >= REPORT_EVERY_SECONDS:
             self._stage, self._reported_at = stage, now
-            self._extend(stage, fraction)
+            self._try_to_extend(stage, fraction)
         self.refuse_if_lost()
 
     def check(self) -> None:
@@ -128,10 +128,13 @@ class Lease:
     def _beat(self) -> None:
         let_go_at = time.monotonic() + LONGEST_SECONDS
         while not self._ended.wait(self._seconds / BEATS_PER_LEASE) and time.monotonic() < let_go_at:
-            try:
-                self._extend()
-            except SQLAlchemyError as error:  # the database may come back before the lease has run out
-                LOG.warning("heartbeat not written", job_id=self._job.id, reason=type(error).__name__)
+            self._try_to_extend()
+
+    def _try_to_extend(self, stage: Stage | None = None, fraction: float | None = None) -> None:
+        try:
+            self._extend(stage, fraction)
+        except SQLAlchemyError as error:  # the database may come back before the lease has run out
+            LOG.warning("heartbeat not written", job_id=self._job.id, reason=type(error).__name__)
 
 
 @dataclass
@@ -275,6 +278,9 @@ class Worker:
             self._again(job, state, error)
         except Permanent as error:
             self._end(job, state, error.reason, error.detail)
+        except (OperationalError, InterfaceError) as error:  # while it is away this fails, too, and the lease runs out
+            LOG.failure("the database did not answer", error, job_id=job.id, attempt=job.attempt)
+            self._again(job, state, Retryable(Reason.ATTEMPTS_EXHAUSTED, "the database did not answer"))
         except OSError as error:
             full = error.errno in {errno.ENOSPC, errno.EDQUOT}
             self._unexpected(job, state, Reason.STORAGE_FULL if full else Reason.INTERNAL_ERROR, error)

@@ -13,6 +13,7 @@ from typing import Any
 import pydicom
 import pytest
 from pydicom.dataset import Dataset
+from sqlalchemy.exc import OperationalError
 
 from models.runtime import Engine, LinearEngine
 from service.core.errors import Permanent, Reason, Retryable
@@ -240,6 +241,16 @@ def test_an_unexpected_error_fails_the_job_without_quoting_it(
     traces = [record for record in caplog.records if record.exc_info]
     assert len(traces) == 1
     assert traces[0].__dict__["fields"]["job_id"] == job_id
+
+
+def test_a_database_that_was_away_for_a_moment_costs_an_attempt_and_not_the_job(site: Site) -> None:
+    job_id = site.new_job()
+    site.computation.before = raising(OperationalError("UPDATE", {}, ConnectionError()))
+    site.worker.process(job_id)
+    assert site.job(job_id).state is State.QUEUED
+    site.computation.before = lambda _: None
+    site.worker.process(job_id)
+    assert site.job(job_id).state is State.COMPUTED
 
 
 def test_a_full_disk_has_its_own_reason(site: Site) -> None:
