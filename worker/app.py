@@ -159,6 +159,7 @@ class Worker:
             return
         LOG.info("started", job_id=job.id, attempt=job.attempt)
         with Lease(self.ledger, job, self.settings.lease_seconds) as lease, self._failing(job, State.RUNNING):
+            self.spool.remove_result(job.id)  # an earlier one must not stand beside the reason why there is none now
             result = self.run(self._inputs(job), job.options, self._engine(job.options.engine), lease.progress)
             lease.progress(Stage.WRITE, 0.95)
             self._publish(job, result, lease)

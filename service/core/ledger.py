@@ -340,10 +340,16 @@ class Ledger:
             return _job_or_none(self._swap(connection, job_id, from_states, to, values, actor=actor, attempt=attempt))
 
     def claim(self, job_id: str, worker: str, lease_seconds: float) -> Job | None:
-        """Take a QUEUED job to run it; None when it is not there to be taken (a second message is a no-op)."""
+        """Take a QUEUED job to run it; None when it is not there to be taken (a second message is a no-op).
+
+        What an earlier run made is no longer to be sent, whatever comes of this one.
+        """
         values = self._lease(worker, lease_seconds) | {"stage": None, "progress": 0.0, "reason": None, "detail": ""}
         with self._engine.begin() as connection:
-            return _job_or_none(self._swap(connection, job_id, [State.QUEUED], State.RUNNING, values, actor=worker))
+            row = self._swap(connection, job_id, [State.QUEUED], State.RUNNING, values, actor=worker)
+            if row:
+                connection.execute(delete(schema.deliveries).where(schema.deliveries.c.job_id == job_id))
+        return _job_or_none(row)
 
     def claim_delivery(self, job_id: str, worker: str, lease_seconds: float) -> Job | None:
         """Take a DELIVERING job to send it; None when somebody is sending it, or it is no longer to be sent."""
@@ -396,8 +402,6 @@ class Ledger:
         values = {"report": report, "progress": 1.0, "lease_until": None, "tries": 0, "enqueued_at": None}
         with self._engine.begin() as connection:
             row = self._swap(connection, job_id, [State.RUNNING], State.COMPUTED, values, actor=actor, attempt=attempt)
-            if row:  # what an earlier run made is replaced as a whole, also by a model that gives it other UIDs
-                connection.execute(delete(schema.deliveries).where(schema.deliveries.c.job_id == job_id))
             if row and self._plan(connection, job_id, deliveries):
                 row = self._swap(connection, job_id, [State.COMPUTED], State.DELIVERING, {}, actor=actor)
         return _job_or_none(row)

@@ -421,6 +421,18 @@ def test_a_cancelled_delivery_stops_between_two_instances(sending: Callable[...,
     assert len(scp.received) < 4
 
 
+def test_a_run_that_gives_no_result_leaves_none_of_an_earlier_run_to_download_or_send(site: Site) -> None:
+    job_id = site.new_job("pacs")
+    site.worker.process(job_id)
+    site.ledger.move(job_id, [State.DELIVERING], State.FAILED, actor="test", reason=Reason.DESTINATION_UNREACHABLE)
+    site.ledger.rerun(job_id, "operator")
+    site.computation.before = raising(Permanent(Reason.OUTPUT_INVALID))
+    site.worker.process(job_id)
+    assert site.job(job_id).state is State.FAILED
+    assert not site.spool.result_dir(job_id).exists()
+    assert site.ledger.resend(job_id, "operator") is None
+
+
 def test_a_result_that_was_computed_again_is_sent_again(sending: Callable[..., Site]) -> None:
     with running_scp() as scp:
         site = sending(scp)
