@@ -20,6 +20,13 @@ from models.condition import DOSE_INDEX, DOSE_KNOWN_INDEX, NAMES
 HEADROOM = 1.5  # amplification beyond 1/dose that the bound allows: it has to be looser than the prediction
 UNKNOWN_DOSE_FRACTION = 0.33  # of the bound where the dose is not known
 CHANNELS = ("subtraction", "pre", "sigma_map")
+NOISE_LEFT = (
+    1.0,
+    0.35,
+    0.25,
+    0.15,
+)  # of the noise after each smoothing, for the slightly correlated noise of a scanner
+CLEAR = 2.5  # signal-to-noise ratio at which an untrained network opens its gate by half: the paper's p(2.5) = 0.5
 STRIDE = 4  # volumes are padded to a multiple of this
 
 
@@ -61,14 +68,19 @@ class Network(nn.Module):
         a, b, c = architecture.widths
         e = architecture.embedding
         self.embed = nn.Sequential(nn.Linear(len(NAMES), e), nn.SiLU(), nn.Linear(e, e), nn.SiLU())
-        self.stem = nn.Conv3d(7, a, 3, padding=1)
+        self.stem = nn.Conv3d(11, a, 3, padding=1)
         self.down_1, self.down_2 = nn.Conv3d(a, b, 2, stride=2), nn.Conv3d(b, c, 2, stride=2)
         self.up_2, self.up_1 = nn.ConvTranspose3d(c, b, 2, stride=2), nn.ConvTranspose3d(b, a, 2, stride=2)
         self.enter = nn.ModuleList([nn.ModuleList(Block(w, e) for _ in range(n)) for w, n in _levels(architecture)])
         self.leave = nn.ModuleList([nn.ModuleList(Block(w, e) for _ in range(n)) for w, n in _levels(architecture)[:2]])
         self.head = nn.Conv3d(a, 8, 3, padding=1)
-        for start in self.head.parameters():  # and the network as a smooth linear amplification
+        for start in self.head.parameters():  # and the network as a smoothed, gated linear amplification
             nn.init.zeros_(start)
+        self.noise_left: Tensor
+        self.mix: Tensor
+        channels = (1, 4, 1, 1, 1)
+        self.register_buffer("noise_left", torch.tensor(NOISE_LEFT).reshape(channels), persistent=False)
+        self.register_buffer("mix", torch.tensor([1.0, 2.0, 0.0, -2.0]).reshape(channels), persistent=False)
         kernel = torch.tensor([0.25, 0.5, 0.25])
         self.register_buffer(
             "binomial", (kernel[:, None, None] * kernel[:, None] * kernel)[None, None], persistent=False
@@ -101,12 +113,14 @@ class Network(nn.Module):
         measured = torch.cat([z, once, twice, wide], 1)
         bound = HEADROOM / dose * functional.relu(measured.amax(1, keepdim=True))
         amplified = measured / dose
-        seen = torch.cat([torch.tanh(amplified / 2) * 2, pre, 5 * noise, noise / dose], 1)
+        clarity = measured / (torch.clamp(noise, min=1e-3) * self.noise_left)
+        seen = torch.cat([torch.tanh(amplified / 2) * 2, torch.tanh(clarity / 6) * 3, pre, 5 * noise, noise / dose], 1)
         out = self.head(self._body(seen, self.embed(condition)))
-        linear = (torch.softmax(out[:, 0:4], 1) * amplified).sum(1, keepdim=True)
+        linear = (torch.softmax(out[:, 0:4] + self.mix, 1) * amplified).sum(1, keepdim=True)
         share, gain, own, gate = out[:, 4:5], out[:, 5:6], out[:, 6:7], out[:, 7:8]
-        level = torch.sigmoid(share + 2) * linear * torch.exp(0.5 * torch.tanh(gain)) + own
-        return torch.sigmoid(gate + 2) * functional.relu(level), bound
+        level = torch.sigmoid(share + 3) * linear * torch.exp(0.5 * torch.tanh(gain)) + own
+        prior = 2 * (clarity[:, 1:3].amax(1, keepdim=True) - CLEAR)
+        return torch.sigmoid(gate + torch.clamp(prior, -6, 6)) * functional.relu(level), bound
 
     def _body(self, seen: Tensor, embedding: Tensor) -> Tensor:
         full = self._run(self.enter[0], self.stem(seen), embedding)

@@ -53,15 +53,18 @@ def test_an_exported_network_agrees_with_torch_on_a_size_it_was_not_traced_with(
     assert np.abs(engine.run(images, condition) - expected).max() < 1e-4
 
 
-def test_an_untrained_network_is_a_smooth_linear_amplification() -> None:
+def test_an_untrained_network_amplifies_what_is_clear_and_nothing_else() -> None:
     network = Network(VARIANTS["small"])
     condition = torch.zeros(1, len(NAMES))
     condition[0, NAMES.index("dose_known")] = 1.0
     condition[0, NAMES.index("log_dose_fraction")] = float(np.log(0.25))
     images = torch.full((1, 3, 8, 8, 8), 0.1)
+    images[:, 2] = 0.005  # noise
+    unclear = images.clone()
+    unclear[:, 0] = 0.001
     with torch.no_grad():
-        signal = network(images, condition)
-    assert signal.mean().item() == pytest.approx(0.1 / 0.25 * torch.sigmoid(torch.tensor(2.0)).item() ** 2, rel=1e-4)
+        assert network(images, condition).mean().item() == pytest.approx(0.1 / 0.25, rel=0.06)
+        assert network(unclear, condition).max().item() < 0.05 * 0.001 / 0.25
 
 
 def test_the_loss_is_zero_for_the_truth_and_grows_with_false_and_missed_signal() -> None:
