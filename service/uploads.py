@@ -243,6 +243,7 @@ class _Seen:
     path: Path
     patient: str
     study_uid: str
+    series_uid: str
     sop_class_uid: str
     sop_instance_uid: str
     transfer_syntax_uid: str
@@ -264,7 +265,8 @@ def _examine(files: Sequence[Received], settings: Settings, ledger: Ledger) -> t
     images = [item for item in seen if item.sop_class_uid in SOP_CLASSES]
     if not images:
         raise Permanent(Reason.NOT_MR, f"{len(seen)} files")
-    _refuse_conflicts(images, ledger)
+    if conflicts := ledger.conflicts(images):
+        raise Permanent(Reason.INSTANCE_CONFLICT, f"{conflicts} of {len(images)} images")
     return images[0].study_uid, [item.path for item in images]
 
 
@@ -278,20 +280,12 @@ def _look_at(path: Path, settings: Settings) -> _Seen:
         path=path,
         patient=found.patient,
         study_uid=found.study_uid,
+        series_uid=found.series_uid,
         sop_class_uid=found.sop_class_uid,
         sop_instance_uid=found.sop_instance_uid,
         transfer_syntax_uid=found.transfer_syntax_uid,
         sha256=digest.hexdigest(),
     )
-
-
-def _refuse_conflicts(images: Sequence[_Seen], ledger: Ledger) -> None:
-    """Two contents under one SOP Instance UID, in the upload or with what arrived before."""
-    earlier = ledger.instances(images[0].study_uid)
-    known = {(old.sop_instance_uid, old.transfer_syntax_uid): old.sha256 for old in earlier}
-    for item in images:
-        if known.setdefault((item.sop_instance_uid, item.transfer_syntax_uid), item.sha256) != item.sha256:
-            raise Permanent(Reason.INSTANCE_CONFLICT)
 
 
 @dataclass

@@ -13,12 +13,12 @@ import hashlib
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 from uuid import uuid4
 
 from alembic import command
@@ -78,6 +78,30 @@ class Added(Enum):
     NEW = "new"
     DUPLICATE = "duplicate"  # same SOPInstanceUID and same bytes (or the same object in another transfer syntax)
     CONFLICT = "conflict"  # same SOPInstanceUID, other bytes: the first one is kept
+
+
+class Identified(Protocol):
+    """What tells whether two received objects are the same."""
+
+    @property
+    def sop_instance_uid(self) -> str:
+        """Identifies the object, and nobody else's: that is what is checked."""
+
+    @property
+    def study_uid(self) -> str:
+        """Where it belongs."""
+
+    @property
+    def series_uid(self) -> str:
+        """Where it belongs."""
+
+    @property
+    def transfer_syntax_uid(self) -> str:
+        """How it is encoded."""
+
+    @property
+    def sha256(self) -> str:
+        """Of its bytes in the spool."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +225,15 @@ class Ledger:
         table = schema.instances
         query = select(table).where(table.c.study_uid == study_uid)
         return [_instance(row) for row in self._read(query.order_by(table.c.received_at, table.c.sop_instance_uid))]
+
+    def conflicts(self, arriving: Sequence[Identified]) -> int:
+        """How many of these would be a CONFLICT, with what is known, in whatever study, or with each other."""
+        table, known = schema.instances, dict[str, Identified]()
+        uids = sorted({item.sop_instance_uid for item in arriving})
+        for some in _batches(uids):
+            rows = self._read(select(table).where(table.c.sop_instance_uid.in_(some)))
+            known |= {row.sop_instance_uid: _instance(row) for row in rows}
+        return sum(not _same_object(known.setdefault(item.sop_instance_uid, item), item) for item in arriving)
 
     def studies_waiting(self) -> list[WaitingStudy]:
         """Studies with instances that no job covers, longest-waiting first."""
@@ -654,10 +687,13 @@ def _insert_new(connection: Connection, table: Table, rows: Sequence[dict[str, A
 
 def _stop_waiting(connection: Connection, job_id: str, instances: Sequence[Instance]) -> None:
     table = schema.instances
-    uids = [item.sop_instance_uid for item in instances]
-    for start in range(0, len(uids), 500):  # SQLite limits the number of parameters
-        some = update(table).where(table.c.sop_instance_uid.in_(uids[start : start + 500]))
-        connection.execute(some.values(job_id=job_id))
+    for some in _batches([item.sop_instance_uid for item in instances]):
+        connection.execute(update(table).where(table.c.sop_instance_uid.in_(some)).values(job_id=job_id))
+
+
+def _batches(uids: Sequence[str]) -> Iterator[Sequence[str]]:
+    """SQLite limits the number of parameters."""
+    return (uids[start : start + 500] for start in range(0, len(uids), 500))
 
 
 def _forget_study(connection: Connection, study_uid: str) -> None:
@@ -686,7 +722,7 @@ def _sources_of(to: State) -> list[State]:
     return [state for state, following in TRANSITIONS.items() if to in following]
 
 
-def _same_object(known: Instance, other: Instance) -> bool:
+def _same_object(known: Identified, other: Identified) -> bool:
     """Bytes decide; in another transfer syntax the bytes must differ, and the UIDs have to be believed (PS3.5 9)."""
     if known.sha256 == other.sha256:
         return True

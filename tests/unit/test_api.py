@@ -233,6 +233,19 @@ def test_another_image_under_a_known_uid_is_refused_and_the_first_one_kept(api: 
     assert {item.sha256 for item in api.ledger.instances(uid(0, "study"))} == before
 
 
+def test_a_study_that_holds_the_uid_of_an_image_of_another_study_is_refused_and_nothing_of_it_kept(api: Api) -> None:
+    api.job_id()
+    before = api.leftovers()
+    other = make_pair(**SMALL).all
+    for number, dataset in enumerate(other):
+        dataset.StudyInstanceUID = uid("another study")
+        if number < len(other) - 1:
+            dataset.SOPInstanceUID = uid("another study", number)
+    assert_refused(api.upload(*map(encode, other)), Reason.INSTANCE_CONFLICT, 409)
+    assert api.ledger.instances(uid("another study")) == []
+    assert api.leftovers() == before
+
+
 def test_two_contents_under_one_uid_in_one_upload_are_refused(api: Api) -> None:
     changed = bytearray(FILES[0])
     changed[-1] ^= 1
