@@ -22,10 +22,11 @@ from models.volume import Array
 Half = npt.NDArray[np.float16]
 DROP = 0.15  # chance that a header value is unknown in training
 _SPACING = NAMES.index("log_spacing_i")
-_DROPPED = (  # what disappears together
-    ("field", "field_known"),
-    ("log_dose_fraction", "dose_known"),
-    ("log_effective_dose", "relaxivity", "agent_known"),
+_EFFECTIVE = ("log_effective_dose", "relaxivity", "agent_known")
+_DROPPED = (  # what becomes unknown together: the effective dose needs field strength, agent and dose
+    ("field", "field_known", *_EFFECTIVE),
+    ("log_dose_fraction", "dose_known", *_EFFECTIVE),
+    _EFFECTIVE,
     ("sequence_spgr", "sequence_mprage", "sequence_se"),
 )
 
