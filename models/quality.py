@@ -53,7 +53,7 @@ LIMITS: dict[str, _Limit] = {
         "like sequences measured .87 to .95, unlike ones .57 to .69"
     ),
     "gain_field_sd": _Limit(0.04, 0.12, "standard deviation of the gain field; unlike pairs measured .07 to .09"),
-    "noise": _Limit(0.10, 0.30, "noise of the subtraction, white matter = 1; the network was trained up to about .15"),
+    "noise": _Limit(0.10, 0.30, "noise of the subtraction, white matter = 1; the network was trained up to about .11"),
     "brain_ml": _Limit(700.0, 500.0, "volume of the brain found in the pre-contrast image, mL"),
     "enhancing_fraction": _Limit(0.20, 0.50, "share of the brain predicted to enhance by more than 0.1"),
 }  # fmt: skip

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from models.agents import AGENTS, BY_NAME, find_agent
+from models.condition import TRAINED
 from models.training.phantom import draw_scenario, make_phantom
 from models.training.physics import Sequence, Tissue, draw_tissue, signal, smooth_field
 from tests.numeric.phantoms import MPRAGE, head
@@ -70,6 +71,20 @@ def test_the_same_seed_gives_the_same_phantom_and_another_seed_another() -> None
     assert np.array_equal(one.low, same.low)
     assert one.scenario == same.scenario
     assert not np.array_equal(one.low, other.low)
+
+
+def test_what_the_report_calls_the_range_of_training_is_what_the_simulator_draws() -> None:
+    rng = np.random.default_rng(0)
+    drawn = [draw_scenario(rng) for _ in range(2000)]
+    values = {
+        "field_strength_t": [s.field_strength_t for s in drawn],
+        "dose_fraction": [s.dose_fraction for s in drawn],
+        "spacing_mm": [spacing for s in drawn for spacing in s.spacing_mm],
+        "sigma": [s.sigma * np.sqrt(2) for s in drawn],  # of the subtraction
+    }
+    for name, (low, high) in TRAINED.items():
+        assert low <= min(values[name]) <= low * 1.1
+        assert high * 0.9 <= max(values[name]) <= high
 
 
 def test_brain_tissue_without_vessels_lesions_or_meninges_does_not_enhance() -> None:
