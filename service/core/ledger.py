@@ -552,11 +552,15 @@ class Ledger:
         )
         recent = select(instance.study_uid).where(or_(instance.received_at >= before, instance.job_id.is_(None)))
         query = select(job.study_uid).where(job.study_uid.not_in(busy), job.study_uid.not_in(recent)).distinct()
-        studies = [row.study_uid for row in self._read(query)]
-        for study_uid in studies:
-            with self._engine.begin() as connection:
-                _forget_study(connection, study_uid)
-        return len(studies)
+        forgotten = 0
+        for study_uid in [row.study_uid for row in self._read(query)]:
+            with (
+                self._engine.begin() as connection
+            ):  # asked again: something may have happened while others were deleted
+                if connection.execute(query.where(job.study_uid == study_uid)).first():
+                    _forget_study(connection, study_uid, before)
+                    forgotten += 1
+        return forgotten
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -696,9 +700,11 @@ def _batches(uids: Sequence[str]) -> Iterator[Sequence[str]]:
     return (uids[start : start + 500] for start in range(0, len(uids), 500))
 
 
-def _forget_study(connection: Connection, study_uid: str) -> None:
-    ids = select(schema.jobs.c.id).where(schema.jobs.c.study_uid == study_uid)
-    connection.execute(delete(schema.instances).where(schema.instances.c.study_uid == study_uid))
+def _forget_study(connection: Connection, study_uid: str, before: datetime) -> None:
+    ids, old = select(schema.jobs.c.id).where(schema.jobs.c.study_uid == study_uid), schema.instances.c
+    # An image that arrives at this moment was answered for and stays; it has no job that could be deleted under it.
+    aged = delete(schema.instances).where(old.study_uid == study_uid, old.received_at < before)
+    connection.execute(aged)
     for table in (schema.job_inputs, schema.transitions, schema.deliveries):
         connection.execute(delete(table).where(table.c.job_id.in_(ids)))
     connection.execute(delete(schema.jobs).where(schema.jobs.c.study_uid == study_uid))

@@ -13,7 +13,8 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, event
+from sqlalchemy.pool import Pool
 
 from service.core import schema
 from service.core.errors import Reason
@@ -401,6 +402,27 @@ def test_only_studies_in_which_nothing_happens_any_more_are_forgotten(ledger: Le
     assert not ledger.holds(an_instance(1).sha256)
     assert ledger.job(queued.id) == queued
     assert ledger.instances("1.2.5") == [waiting]
+
+
+def test_a_study_that_wakes_up_while_it_is_being_forgotten_stays(
+    ledger: Ledger, clock: Clock, database_url: str
+) -> None:
+    ledger.add_instance(an_instance())
+    job, _ = ledger.create_job("1.2.3", [an_instance()], JobOptions(), "rest")
+    ledger.cancel(job.id, "operator")
+    clock.advance(1)
+    with Ledger.open(database_url, clock) as other:
+        wake_up = iter([lambda: other.rerun(job.id, "operator")])
+
+        def between_two_statements(*_: object) -> None:
+            next(wake_up, lambda: None)()
+
+        event.listen(Pool, "checkin", between_two_statements)
+        try:
+            assert ledger.forget(clock.now) == 0
+        finally:
+            event.remove(Pool, "checkin", between_two_statements)
+    assert len(ledger.inputs(job.id)) == 1
 
 
 @given(st.datetimes(timezones=st.timezones()))
