@@ -167,9 +167,13 @@ class Intake:
         if self._tidied_at and (now - self._tidied_at).total_seconds() < TIDY_SECONDS:
             return
         self._tidied_at = now
-        forgotten = self._ledger.forget(now - timedelta(days=self._settings.retention_days))
+        retention = timedelta(days=self._settings.retention_days)
+        forgotten = self._ledger.forget(now - retention)
         deleted = self._spool.sweep_up(
-            self._ledger.holds, lambda job_id: self._ledger.job(job_id) is not None, TIDY_SECONDS
+            self._ledger.holds,
+            lambda job_id: self._ledger.job(job_id) is not None,
+            unfinished_seconds=TIDY_SECONDS,
+            kept_seconds=max(TIDY_SECONDS, retention.total_seconds()),
         )
         if forgotten or deleted:
             LOG.info("tidied up", count=deleted)

@@ -133,28 +133,38 @@ class Spool:
     # --- the janitor --------------------------------------------------------------------------------------------------
 
     def sweep_up(
-        self, is_known: Callable[[str], bool], is_job: Callable[[str], bool], older_than_seconds: float
+        self,
+        is_known: Callable[[str], bool],
+        is_job: Callable[[str], bool],
+        *,
+        unfinished_seconds: float,
+        kept_seconds: float,
     ) -> int:
         """Delete what a crash left behind and what the ledger has forgotten.
 
         Args:
             is_known: whether the object with this digest must stay.
             is_job: whether the result of the job with this id must stay.
-            older_than_seconds: younger files may belong to somebody at work.
+            unfinished_seconds: younger unfinished work may belong to somebody at work.
+            kept_seconds: younger objects and results stay even when the ledger does not know them, since it may be the
+                wrong ledger: a new database, or one that was restored from a backup.
 
         Returns:
             How many files and folders were deleted.
         """
-        limit = time.time() - older_than_seconds
-        candidates = [
-            *((path, False) for path in self._unfinished.iterdir()),
-            *((path, is_job(path.name)) for path in self._results.iterdir()),
-            *((path, is_known(path.stem)) for path in self._objects.glob("*/*.dcm")),
+        candidates: list[tuple[Path, float, Callable[[str], bool]]] = [
+            *((path, unfinished_seconds, lambda _: False) for path in self._unfinished.iterdir()),
+            *((path, kept_seconds, is_job) for path in self._results.iterdir()),
+            *((path, kept_seconds, is_known) for path in self._objects.glob("*/*.dcm")),
         ]
-        unwanted = [path for path, must_stay in candidates if not must_stay and _modified(path) < limit]
-        for path in unwanted:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        return len(unwanted)
+        deleted = 0
+        for path, seconds, must_stay in candidates:
+            limit = time.time() - seconds
+            # The age is asked for again at the end: an object that has arrived once more meanwhile is young again.
+            if _modified(path) < limit and not must_stay(path.stem) and _modified(path) < limit:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                deleted += 1
+        return deleted
 
 
 def _write(path: Path, chunks: Iterable[bytes]) -> tuple[str, int]:

@@ -102,11 +102,34 @@ def test_the_janitor_takes_leftovers_and_orphans_and_nothing_else(spool: Spool, 
     for path in (wanted.path, orphan.path, half):
         age(path, 7200)
     known = {wanted.sha256}
-    assert spool.sweep_up(known.__contains__, lambda _: True, older_than_seconds=3600) == 2
+    ages = {"unfinished_seconds": 3600.0, "kept_seconds": 3600.0}
+    assert spool.sweep_up(known.__contains__, lambda _: True, **ages) == 2
     assert spool.result_dir(JOB).is_dir()
-    assert spool.sweep_up(known.__contains__, lambda _: False, older_than_seconds=3600) == 1
+    assert spool.sweep_up(known.__contains__, lambda _: False, **ages) == 1
     assert not spool.result_dir(JOB).exists()
     assert sorted(files(spool, tmp_path)) == sorted([wanted.path, young.path])
+
+
+def test_a_ledger_that_knows_nothing_does_not_empty_the_spool(spool: Spool, tmp_path: Path) -> None:
+    with spool.publish(JOB) as folder:
+        (folder / "report.json").write_text("{}")
+    for path in (spool.put(b"object").path, spool.result_dir(JOB)):
+        age(path, 7200)
+    before = files(spool, tmp_path)
+    assert spool.sweep_up(lambda _: False, lambda _: False, unfinished_seconds=3600, kept_seconds=86400) == 0
+    assert files(spool, tmp_path) == before
+
+
+def test_an_object_that_arrives_again_while_the_janitor_asks_stays(spool: Spool) -> None:
+    stored = spool.put(b"object")
+    age(stored.path, 7200)
+
+    def ask(_: str) -> bool:
+        spool.put(b"object")
+        return False
+
+    assert spool.sweep_up(ask, ask, unfinished_seconds=3600, kept_seconds=3600) == 0
+    assert stored.path.is_file()
 
 
 def test_the_disk_is_low_below_the_watermark(tmp_path: Path) -> None:
