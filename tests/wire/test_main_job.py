@@ -106,12 +106,15 @@ def test_a_study_sent_by_c_store_comes_back_as_two_derived_series_and_a_second_t
         assert orthanc.sop_instance_uids() == first
 
 
-def test_a_study_uploaded_as_a_zip_is_processed_and_downloaded_as_a_zip(tmp_path: Path, phantom_study: Path) -> None:
+def test_a_zip_is_processed_on_redis_and_postgresql_and_the_result_downloaded_as_a_zip(
+    tmp_path: Path, phantom_study: Path, redis_url: str, postgres_url: str
+) -> None:
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         for path in instances(phantom_study):
             archive.write(path, path.relative_to(phantom_study))
-    with running(tmp_path, engine="network", disk_low_bytes="0") as up:
+    places = {"broker_url": redis_url, "database_url": postgres_url}
+    with running(tmp_path, engine="network", disk_low_bytes="0", **places) as up:
         upload = {"files": ("study.zip", packed.getvalue(), "application/zip")}
         answer = httpx.post(f"{up.web}api/v1/studies", files=upload, timeout=60)
         assert answer.status_code == 202, answer.text

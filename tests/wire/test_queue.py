@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -10,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import redis
 
 from service.core.queue import enqueue_deliver, enqueue_process, is_reachable, make_celery
 from service.core.settings import Settings
@@ -40,27 +38,6 @@ WORKER = """
 
     app.worker_main(["worker", "-P", "solo", "-Q", names, "--without-gossip", "--without-mingle", "-l", "ERROR"])
 """
-
-
-@pytest.fixture
-def redis_url(tmp_path: Path) -> Iterator[str]:
-    if shutil.which("redis-server") is None:
-        pytest.skip("redis-server is not installed")
-    port = free_port()
-    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-
-    def answers() -> bool:
-        try:
-            with redis.Redis(port=port) as client:
-                return bool(client.ping())
-        except redis.ConnectionError:
-            return False
-
-    wait_until(answers, what="Redis")
-    yield f"redis://127.0.0.1:{port}/0"
-    process.terminate()
-    process.wait()
 
 
 @pytest.fixture(params=["embedded", "redis"])
