@@ -100,10 +100,13 @@ def prepare(pre: Volume, low: Volume, *, progress: Progress = lambda _: None) ->
     work_brain = _nearest(brain, pre, grid)
     work_pre = _resample(pre, grid, sitk.Transform())
     scale = float(np.quantile(work_pre.voxels[work_brain], SCALE_QUANTILE))
-    low_scale = float(np.quantile(_resample(low, grid, pre_to_low).voxels[work_brain], SCALE_QUANTILE))
+    work_low = _resample(low, grid, pre_to_low)
+    low_scale = float(np.quantile(work_low.voxels[work_brain], SCALE_QUANTILE))
+    if min(scale, low_scale) <= 0:
+        raise RegistrationError("most of the brain has no signal in one of the images")
     unit_pre = work_pre.with_voxels(work_pre.voxels / scale)
-    unit_low = _resample(low, grid, pre_to_low).voxels / low_scale
-    comparison = compare(unit_pre.voxels, unit_low.astype(np.float32), work_brain, grid.spacing_mm)
+    unit_low = (work_low.voxels / low_scale).astype(np.float32)
+    comparison = compare(unit_pre.voxels, unit_low, work_brain, grid.spacing_mm)
     progress(1.0)
     return Prepared(
         pre=unit_pre,
@@ -135,8 +138,22 @@ def register(pre: Volume, low: Volume, brain: Mask) -> sitk.Transform:
     region = sitk.BinaryDilate(region, [max(1, round(4 / s)) for s in pre.spacing_mm])
     points = (pre.affine @ np.append(np.argwhere(brain).mean(axis=0)[::-1], 1.0))[:3]
     rigid = sitk.Euler3DTransform(points.tolist(), 0.0, 0.0, 0.0)
+    with one_thread():
+        _align(fixed, moving, region, rigid)
+    rigid.SetParameters([round(value, 6) for value in rigid.GetParameters()])  # well below a micrometre at the skull
+    angles = np.degrees(rigid.GetParameters()[:3])
+    shift = np.array(rigid.GetParameters()[3:])
+    if np.abs(angles).max() > 30 or np.linalg.norm(shift) > 60:
+        raise RegistrationError(
+            f"the alignment found is {np.linalg.norm(shift):.0f} mm, {np.abs(angles).max():.0f} deg"
+        )
+    return rigid
+
+
+def _align(fixed: sitk.Image, moving: sitk.Image, region: sitk.Image, rigid: sitk.Euler3DTransform) -> None:
+    """Improve `rigid` in place, coarse to fine."""
     for shrink, smooth_mm, sampling, step in ((4, 3.0, 0.5, 2.0), (2, 1.5, 0.15, 0.5), (1, 0.7, 0.05, 0.1)):
-        method = sitk.ImageRegistrationMethod()
+        method = sitk.ImageRegistrationMethod()  # keeps the number of threads that it is made with
         method.SetMetricAsMattesMutualInformation(48)
         method.SetMetricSamplingStrategy(method.RANDOM)
         method.SetMetricSamplingPercentage(sampling, SEED)
@@ -148,18 +165,9 @@ def register(pre: Volume, low: Volume, brain: Mask) -> sitk.Transform:
         method.SetOptimizerAsRegularStepGradientDescent(step, 0.002 * shrink, 100, relaxationFactor=0.6)
         method.SetInitialTransform(rigid, inPlace=True)
         try:
-            with one_thread():
-                method.Execute(fixed, moving)
+            method.Execute(fixed, moving)
         except RuntimeError as error:
             raise RegistrationError("the images do not overlap") from error
-    rigid.SetParameters([round(value, 6) for value in rigid.GetParameters()])  # well below a micrometre at the skull
-    angles = np.degrees(rigid.GetParameters()[:3])
-    shift = np.array(rigid.GetParameters()[3:])
-    if np.abs(angles).max() > 30 or np.linalg.norm(shift) > 60:
-        raise RegistrationError(
-            f"the alignment found is {np.linalg.norm(shift):.0f} mm, {np.abs(angles).max():.0f} deg"
-        )
-    return rigid
 
 
 def compare(pre: Array, low: Array, brain: Mask, spacing_mm: tuple[float, float, float]) -> Comparison:
@@ -266,8 +274,14 @@ def _expand(means: Array, blocks: list[int], shape: tuple[int, ...]) -> Array:
 
 
 def _clipped(volume: Volume, brain: Mask | None) -> sitk.Image:
-    """Intensities to 0..1.2 of the volume's own bright tissue, so that scalp fat does not own the histogram."""
+    """Intensities to 0..1.2 of the volume's own bright tissue, so that scalp fat does not own the histogram.
+
+    Raises:
+        RegistrationError: the volume is empty.
+    """
     inside = volume.voxels[brain] if brain is not None else volume.voxels[volume.voxels > 0]
+    if inside.size == 0:
+        raise RegistrationError("the low-dose image is empty")
     top = float(np.quantile(inside, SCALE_QUANTILE if brain is not None else 0.98))
     return volume.with_voxels(np.clip(volume.voxels / max(top, 1e-6), 0, 1.2)).to_sitk()
 

@@ -8,7 +8,7 @@ import SimpleITK as sitk
 from scipy import ndimage
 
 from models.brain import NoBrainError, find_brain
-from models.preprocess import compare, prepare, symmetric_gain
+from models.preprocess import RegistrationError, compare, prepare, symmetric_gain
 from models.volume import Mask, Volume
 from tests.numeric.phantoms import as_volume, head
 
@@ -67,6 +67,12 @@ def test_a_turned_and_shifted_low_dose_image_is_aligned_to_a_tenth_of_a_voxel() 
     assert np.degrees(angle) == pytest.approx(-2.0, abs=0.2)
     expected = np.array([-3.0 * np.cos(np.radians(2)), 3.0 * np.sin(np.radians(2)), 0.0])
     assert np.linalg.norm(moved - expected) < 0.35
+
+
+def test_an_empty_low_dose_image_cannot_be_aligned() -> None:
+    pre = as_volume(head(stripped=True).pre)
+    with pytest.raises(RegistrationError, match="empty"):
+        prepare(pre, pre.with_voxels(np.zeros_like(pre.voxels)))
 
 
 def test_preparing_the_same_pair_twice_gives_the_same_bits() -> None:
