@@ -187,7 +187,7 @@ def _tissues(points: Array, scenario: Scenario, rng: np.random.Generator) -> _An
 def _add_meninges(
     anatomy: _Anatomy, points: Array, inside: Array, scenario: Scenario, rng: np.random.Generator
 ) -> None:
-    """Patches of enhancing dura at the boundary and in the midline, and choroid-like tissue in the ventricles."""
+    """Enhancing dura at the boundary and in the midline, pia in the sulci, choroid-like tissue in the ventricles."""
     shape = inside.shape
     soft = ndimage.gaussian_filter(inside, 0.8 / np.array(scenario.spacing_mm[::-1]))
     shell = np.clip(4 * soft * (1 - soft), 0, 1) ** 2
@@ -195,6 +195,9 @@ def _add_meninges(
     midline = np.exp(-((points[0] / rng.uniform(0.5, 1.0)) ** 2)) * (anatomy.fractions["csf"] > 0.3)
     dura = np.clip(shell * patches * rng.uniform(0.2, 0.9) + 0.7 * midline, 0, 0.9).astype(np.float32)
     _place(anatomy, "dura", dura, _uptake(shape, rng.uniform(0.1, 0.4), rng))
+    sulci = (anatomy.fractions["csf"] > 0.15) & (anatomy.fractions["csf"] < 0.9) & (inside > 0.5)
+    pial = (smooth_field(shape, rng.uniform(1.5, 3.0), 1.0, rng) > rng.uniform(0.8, 2.0)) & sulci
+    _place(anatomy, "pia", rng.uniform(0.3, 0.9) * _soften(pial), _uptake(shape, rng.uniform(0.05, 0.4), rng, 0.5))
     deep = ndimage.gaussian_filter(inside, 10 / np.array(scenario.spacing_mm[::-1])) > 0.97
     choroid = (smooth_field(shape, 3, 1.0, rng) > 1.3) & deep & (anatomy.fractions["csf"] > 0.7)
     if choroid.any():

@@ -33,7 +33,7 @@ class Config:
     steps: int = 6000
     batch: int = 2
     patch: int = 40
-    rate: float = 2e-3
+    rate: float = 1e-3
     keep: int = 200  # simulated blocks held at a time
     refresh: int = 10  # steps between two new blocks
     validation: int = 12
@@ -174,7 +174,7 @@ def loss(raw: Tensor, bound: Tensor, truth: Tensor, brain: Tensor) -> Tensor:
     """
     error = (torch.minimum(raw, bound) - truth) / (1 + truth)
     enhancing = torch.clamp(truth / 0.1, 0, 1)
-    weight = (1 + 6 * enhancing) * (0.3 + 0.7 * brain)
+    weight = (1 + 20 * enhancing) * (0.3 + 0.7 * brain)
     robust = torch.sqrt(error**2 + 4e-4) - 0.02
     excess = functional.relu(raw - bound) / (1 + truth)
     return torch.mean(weight * (robust + enhancing * error.clamp(-1.5, 1.5) ** 2)) + 0.1 * torch.mean(excess)
