@@ -18,12 +18,13 @@ from models.runtime import Engine, LinearEngine, NetworkEngine
 from models.training.evaluate import (
     Method,
     Score,
-    compare_methods,
+    error_ratio,
     held_out,
     linear_method,
-    paired_ratio,
     raw_method,
     score,
+    score_all,
+    summary,
 )
 from models.training.samples import Sample
 from models.volume import Array
@@ -65,26 +66,26 @@ def simulated_rows(engine: NetworkEngine, studies: int, say: Say) -> list[Row]:
     rows: list[Row] = []
     for dose in DOSES:
         samples = held_out(studies, dose)
-        ratio = paired_ratio(samples, network, linear_method)
-        for name, metrics in compare_methods(samples, methods).items():
-            text = {metric: f"{mean:.3f} ({low:.3f} to {high:.3f})" for metric, (mean, low, high) in metrics.items()}
-            rows.append(_row(f"simulated, {dose:.0%} dose", name, text, say))
-        rows[-3]["error_over_linear"] = f"{ratio[0]:.3f} ({ratio[1]:.3f} to {ratio[2]:.3f})"
-        say(f"simulated, {dose:.0%} dose: network error over linear engine {rows[-3]['error_over_linear']}")
+        scores = {name: score_all(samples, method) for name, method in methods.items()}
+        for name, found in scores.items():
+            text = {metric: _with_interval(value) for metric, value in summary(found).items()}
+            ratio = "" if name == "linear engine" else _with_interval(error_ratio(found, scores["linear engine"]))
+            rows.append(_row(f"simulated, {dose:.0%} dose", name, text, ratio, say))
     return rows
+
+
+def _with_interval(value: tuple[float, float, float]) -> str:
+    return f"{value[0]:.3f} ({value[1]:.3f} to {value[2]:.3f})"
 
 
 def real_rows(engine: NetworkEngine, study: Path, truth: Path, say: Say) -> list[Row]:
     """One row for each engine on a pair whose truth is known; SD minus pre-contrast is what the engine added."""
     known = np.load(truth)
+    scores = {"network": _score_real(engine, study, known), "linear engine": _score_real(LinearEngine(), study, known)}
     rows: list[Row] = []
-    engines: list[tuple[str, Engine]] = [("network", engine), ("linear engine", LinearEngine())]
-    errors = []
-    for name, one in engines:
-        figures = _score_real(one, study, known)
-        errors.append(figures.ce_error)
-        rows.append(_row("real pair", name, {metric: f"{v:.3f}" for metric, v in asdict(figures).items()}, say))
-    rows[0]["error_over_linear"] = f"{errors[0] / errors[1]:.3f}"
+    for name, found in scores.items():
+        ratio = "" if name == "linear engine" else f"{found.ce_error / scores['linear engine'].ce_error:.3f}"
+        rows.append(_row("real pair", name, {metric: f"{v:.3f}" for metric, v in asdict(found).items()}, ratio, say))
     return rows
 
 
@@ -98,8 +99,8 @@ def _score_real(engine: Engine, study: Path, known: Mapping[str, Array]) -> Scor
     return figures
 
 
-def _row(data: str, method: str, metrics: Mapping[str, str], say: Say) -> Row:
-    row = {"data": data, "method": method, **metrics, "error_over_linear": ""}
+def _row(data: str, method: str, metrics: Mapping[str, str], ratio: str, say: Say) -> Row:
+    row = {"data": data, "method": method, **metrics, "error_over_linear": ratio}
     say(", ".join(value for value in row.values() if value))
     return row
 

@@ -75,34 +75,33 @@ def raw_method(sample: Sample) -> Array:
     return np.maximum(sample.images[0].astype(np.float32) / sample.scenario.dose_fraction, 0)
 
 
-def compare_methods(
-    samples: Sequence[Sample], methods: dict[str, Method]
-) -> dict[str, dict[str, tuple[float, float, float]]]:
-    """Per method and metric: the mean over studies and its 95 % bootstrap interval (studies resampled)."""
-    out = {}
-    for name, method in methods.items():
-        scores = [s for s in (_score_sample(sample, method) for sample in samples) if s is not None]
-        out[name] = {metric: interval([getattr(s, metric) for s in scores]) for metric in Score.__dataclass_fields__}
-    return out
+def score_all(samples: Sequence[Sample], method: Method) -> list[Score | None]:
+    """Scores of one method, study by study; None where nothing enhances."""
+    return [score(method(s), s.truth.astype(np.float32), s.brain, s.scenario.spacing_mm) for s in samples]
 
 
-def _score_sample(sample: Sample, method: Method) -> Score | None:
-    return score(method(sample), sample.truth.astype(np.float32), sample.brain, sample.scenario.spacing_mm)
+def summary(scores: Sequence[Score | None]) -> dict[str, tuple[float, float, float]]:
+    """Metric to its mean over studies and the 95 % bootstrap interval of that mean."""
+    known = [one for one in scores if one is not None]
+    return {metric: interval([getattr(one, metric) for one in known]) for metric in Score.__dataclass_fields__}
 
 
-def interval(values: Sequence[float], rounds: int = 2000) -> tuple[float, float, float]:
-    """Mean, and 2.5 and 97.5 percentiles of the means of `rounds` seeded resamples."""
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, and 2.5 and 97.5 percentiles of the means of seeded resamples."""
     data = np.asarray(values)
-    picks = np.random.default_rng(0).integers(len(data), size=(rounds, len(data)))
-    low, high = np.quantile(data[picks].mean(axis=1), [0.025, 0.975])
+    low, high = np.quantile(data[_resamples(len(data))].mean(axis=1), [0.025, 0.975])
     return float(data.mean()), float(low), float(high)
 
 
-def paired_ratio(samples: Sequence[Sample], method: Method, reference: Method) -> tuple[float, float, float]:
-    """Ratio of the mean CE errors of two methods on the same studies, with its 95 % bootstrap interval."""
-    pairs = [(_score_sample(s, method), _score_sample(s, reference)) for s in samples]
+def error_ratio(scores: Sequence[Score | None], reference: Sequence[Score | None]) -> tuple[float, float, float]:
+    """Ratio of the mean CE errors of two methods on the same studies, and its 95 % bootstrap interval."""
+    pairs = zip(scores, reference, strict=True)
     errors = np.array([(a.ce_error, b.ce_error) for a, b in pairs if a is not None and b is not None])
-    picks = np.random.default_rng(0).integers(len(errors), size=(2000, len(errors)))
-    means = errors[picks].mean(axis=1)
+    means = errors[_resamples(len(errors))].mean(axis=1)
     low, high = np.quantile(means[:, 0] / means[:, 1], [0.025, 0.975])
     return float(errors[:, 0].mean() / errors[:, 1].mean()), float(low), float(high)
+
+
+def _resamples(count: int, rounds: int = 2000) -> np.ndarray:
+    """Seeded bootstrap: indices (rounds, count), studies drawn with replacement."""
+    return np.random.default_rng(0).integers(count, size=(rounds, count))
