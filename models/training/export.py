@@ -23,7 +23,7 @@ OPSET = 18
 HALO = {"small": 36, "base": 56}
 LIMITS = (
     "lesions below 3 mm are often missed or blurred at doses of a third and less; that limit is physics",
-    "no clinical validation: trained on simulated studies, tested on others and on one real pair with simulated low dose",
+    "no clinical validation: trained on simulated studies, tested on those and on one real pair of simulated dose",
     "negative enhancement (T2* shortening) is not predicted",
 )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -215,6 +217,18 @@ def test_losslessly_compressed_pixels_are_the_same_pixels(tmp_path: Path, syntax
         packed.append(tmp_path / "packed" / path.name)
         dataset.save_as(packed[-1])
     for one, other in zip(read_study(paths).series, read_study(packed).series, strict=True):
+        assert np.array_equal(one.volume().voxels, other.volume().voxels)
+
+
+@pytest.mark.skipif(shutil.which("dcmcjpeg") is None, reason="dcmtk is not installed")
+@pytest.mark.parametrize("option", ["+el", "+e1"], ids=["process 14", "process 14, first-order prediction"])
+def test_jpeg_lossless_from_dcmtk_reads_as_what_it_was_made_from(tmp_path: Path, option: str) -> None:
+    plain = write_study(tmp_path / "plain")
+    (tmp_path / "packed").mkdir()
+    for path in plain:
+        subprocess.run(["dcmcjpeg", option, path, tmp_path / "packed" / path.name], check=True)
+    packed = read_study(sorted((tmp_path / "packed").iterdir()))
+    for one, other in zip(read_study(plain).series, packed.series, strict=True):
         assert np.array_equal(one.volume().voxels, other.volume().voxels)
 
 
