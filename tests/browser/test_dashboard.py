@@ -131,7 +131,7 @@ def page(chromium: Chrome) -> Iterator[Chrome]:
     assert [line for line in complaints if "ERR_CONNECTION_REFUSED" not in line] == []
 
 
-def until_shown(page: Chrome, text: str) -> None:
+def expect_shown(page: Chrome, text: str) -> None:
     waiting = WebDriverWait(page, 20, ignored_exceptions=[StaleElementReferenceException])
     waiting.until(lambda _: text in main(page).text, f"{text!r} was never shown")
 
@@ -144,22 +144,22 @@ def test_a_job_is_shown_and_the_page_follows_the_ledger_by_itself(site: Site, pa
     job_id = site.job()
     page.get(site.url)
     page.execute_script("window.neverReloaded = true")
-    until_shown(page, "Waiting for a worker")
+    expect_shown(page, "Waiting for a worker")
     assert job_id[:8] in main(page).text
     attempt = site.run(job_id, Stage.INFER, 0.62)
-    until_shown(page, "Computing enhancement")
+    expect_shown(page, "Computing enhancement")
     assert "62 %" in main(page).text
     site.ledger.move(
         job_id, [State.RUNNING], State.NEEDS_REVIEW, actor="worker", reason=Reason.UNKNOWN_DOSE, attempt=attempt
     )
-    until_shown(page, Reason.UNKNOWN_DOSE.text)
+    expect_shown(page, Reason.UNKNOWN_DOSE.text)
     assert page.execute_script("return window.neverReloaded") is True
 
 
 def test_a_study_that_is_being_received_is_shown_until_its_job_starts(site: Site, page: Chrome) -> None:
     study_uid = site.receive(0)
     page.get(site.url)
-    until_shown(page, "Being received")
+    expect_shown(page, "Being received")
     assert study_uid[-12:] in main(page).text
     site.intake.start(study_uid, JobOptions(), "dimse:SKYRA3T")
     WebDriverWait(page, 20).until(lambda _: "Being received" not in main(page).text)
@@ -169,9 +169,9 @@ def test_the_buttons_of_a_job_do_what_they_say(site: Site, page: Chrome) -> None
     job_id = site.job()
     page.get(f"{site.url}/jobs/{job_id}")
     page.find_element(By.ID, "do-cancel").click()
-    until_shown(page, "Stopped; nothing more will happen")
+    expect_shown(page, "Stopped; nothing more will happen")
     page.find_element(By.ID, "do-rerun").click()
-    until_shown(page, "Waiting for a worker")
+    expect_shown(page, "Waiting for a worker")
     assert [step.to_state for step in site.ledger.history(job_id)] == [State.QUEUED, State.CANCELLED, State.QUEUED]
     assert site.ledger.history(job_id)[1].actor == "dashboard:127.0.0.1"
 
@@ -181,7 +181,7 @@ def test_a_click_that_comes_too_late_is_explained(site: Site, page: Chrome) -> N
     page.get(f"{site.url}/jobs/{job_id}")
     page.execute_script("document.querySelector('form').action = arguments[0]", f"/jobs/{job_id}/resend")
     page.find_element(By.ID, "do-cancel").click()
-    until_shown(page, "The state QUEUED does not allow the action resend.")
+    expect_shown(page, "The state QUEUED does not allow the action resend.")
     page.get_log("browser")  # the browser itself reports the status 409
 
 
@@ -194,12 +194,12 @@ def test_one_page_tells_everything_about_a_job(site: Site, page: Chrome) -> None
         job_id, "pacs", uid(job_id, 1), DeliveryStatus.FAILED, dimse_status=0xA900, error=refused
     )
     page.get(f"{site.url}/jobs/{job_id}")
-    until_shown(page, "1 of 3 sent")
+    expect_shown(page, "1 of 3 sent")
     text = main(page).text
     for shown in ("Dose (mmol/kg)", "0.025", "tag (0018,1041)", "1 refused", "by worker:gpu1", uid(0, "study")):
         assert shown in text
     page.find_element(By.CSS_SELECTOR, "#instances summary").click()
-    until_shown(page, refused)
+    expect_shown(page, refused)
     assert page.find_element(By.ID, "download").get_attribute("href").endswith(f"/api/v1/jobs/{job_id}/result")
 
 
@@ -211,22 +211,22 @@ def test_opened_details_and_the_keyboard_focus_survive_an_update(site: Site, pag
     button = page.find_element(By.ID, "do-cancel")
     page.execute_script("arguments[0].focus()", button)
     site.ledger.record_delivery(job_id, "pacs", uid(job_id, 0), DeliveryStatus.SENT, dimse_status=0)
-    until_shown(page, "1 of 2 sent")
+    expect_shown(page, "1 of 2 sent")
     assert page.execute_script("return document.activeElement.id") == "do-cancel"
     assert page.execute_script("return document.getElementById('instances').open") is True
 
 
 def test_a_lost_connection_is_told(site: Site, page: Chrome) -> None:
     page.get(site.url)
-    until_shown(page, "Live")
+    expect_shown(page, "Live")
     site.go_away()
-    until_shown(page, "Connection lost, trying again")
+    expect_shown(page, "Connection lost, trying again")
 
 
 def test_everything_can_be_reached_by_keyboard_and_is_announced(site: Site, page: Chrome) -> None:
     job_id = site.job()
     page.get(site.url)
-    until_shown(page, "Live")
+    expect_shown(page, "Live")
     reached = set()
     for _ in range(20):
         page.switch_to.active_element.send_keys(Keys.TAB)
@@ -254,7 +254,7 @@ def test_nothing_breaks_the_content_security_policy(site: Site, page: Chrome) ->
     job_id = site.job()
     for path in ("/", f"/jobs/{job_id}"):
         page.get(site.url + path)
-        until_shown(page, "Live")
+        expect_shown(page, "Live")
         source = page.page_source
         assert " style=" not in source
         assert " onclick=" not in source
