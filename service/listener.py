@@ -24,13 +24,14 @@ from pynetdicom.presentation import build_context
 from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
 from sqlalchemy.exc import SQLAlchemyError
 
+from service.core.accepted import SOP_CLASSES, TRANSFER_SYNTAXES
 from service.core.errors import Permanent, Reason
 from service.core.ledger import Added
 from service.core.settings import Settings
 from service.core.spool import Spool
 from service.core.telemetry import Log, pseudonym
 from service.intake import Intake
-from service.objects import SOP_CLASSES, TRANSFER_SYNTAXES, DicomObject, from_wire
+from service.objects import DicomObject, from_wire
 
 LOG = Log("listener")
 

@@ -22,12 +22,13 @@ from typing import IO
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from service.core.accepted import HEAD_BYTES, SOP_CLASSES, may_be_image
 from service.core.errors import Permanent, Reason
 from service.core.job import Job, JobOptions
 from service.core.ledger import Added, Ledger
 from service.core.settings import Settings
 from service.intake import Intake
-from service.objects import SOP_CLASSES, from_file
+from service.objects import from_file
 
 SOURCE = "rest"
 CHUNK_BYTES = 1 << 20
@@ -37,9 +38,7 @@ MAX_FIELDS = 32
 MAX_COMPRESSION_RATIO = 200
 HARMLESS_BYTES = 16 << 20  # the ratio is not judged below this
 DIRECTORY_BYTES_PER_FILE = 512  # of a zip's central directory, which is read into memory as a whole
-DICOM_MAGIC = b"DICM"  # PS3.10 section 7.1, after a preamble of 128 bytes
 ZIP_MAGICS = (b"PK\x03\x04", b"PK\x05\x06")
-DICOM_SUFFIXES = {"", ".dcm", ".dicom", ".ima"}
 
 
 @dataclass(frozen=True)
@@ -222,17 +221,10 @@ def accept(
 
 
 def dicom_files(files: Iterable[Received]) -> Iterator[Received]:
-    """Those that are, or claim to be, DICOM images.
-
-    Sidecars (DICOMDIR, hidden files, notes, pictures) lie in most exports and are passed over; a file that has the
-    suffix of DICOM, or none, is kept even if it turns out to be unreadable, because a slice may have been lost.
-    """
+    """Those that are, or claim to be, DICOM images; sidecars lie in most exports and are passed over."""
     for received in files:
         name = PurePosixPath(received.name.replace("\\", "/"))
-        is_hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.parts)
-        if is_hidden or name.name.upper() == "DICOMDIR":
-            continue
-        if _magic(received.path, offset=128) == DICOM_MAGIC or name.suffix.lower() in DICOM_SUFFIXES:
+        if may_be_image(name, _head(received.path, HEAD_BYTES)):
             yield received
 
 
@@ -326,7 +318,7 @@ class _BoundedReader(io.BufferedReader):
 
 def _expand(received: Received, folder: Path, budget: _Budget) -> Iterator[Received]:
     """The files of an archive; the file itself if it is none."""
-    if _magic(received.path) not in ZIP_MAGICS:
+    if _head(received.path, 4) not in ZIP_MAGICS:
         yield received
         return
     longest = CHUNK_BYTES + DIRECTORY_BYTES_PER_FILE * max(budget.files, 0)
@@ -378,7 +370,6 @@ def _named_when_full() -> Iterator[None]:
         raise
 
 
-def _magic(path: Path, offset: int = 0) -> bytes:
+def _head(path: Path, count: int) -> bytes:
     with path.open("rb") as stream:
-        stream.seek(offset)
-        return stream.read(4)
+        return stream.read(count)

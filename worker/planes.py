@@ -29,40 +29,11 @@ from pydicom.multival import MultiValue
 from pydicom.pixels.utils import pixel_array
 from pydicom.sequence import Sequence
 from pydicom.tag import Tag
-from pydicom.uid import (
-    JPEG2000,
-    UID,
-    DeflatedExplicitVRLittleEndian,
-    EnhancedMRImageStorage,
-    ExplicitVRLittleEndian,
-    ImplicitVRLittleEndian,
-    JPEG2000Lossless,
-    JPEGLossless,
-    JPEGLosslessSV1,
-    JPEGLSLossless,
-    JPEGLSNearLossless,
-    LegacyConvertedEnhancedMRImageStorage,
-    MRImageStorage,
-    RLELossless,
-)
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, MRImageStorage
 from pydicom.valuerep import VR, format_number_as_ds
 
+from service.core.accepted import SOP_CLASSES, TRANSFER_SYNTAXES
 from service.core.errors import Permanent, Reason
-
-MR_IMAGE_CLASSES = frozenset({MRImageStorage, EnhancedMRImageStorage, LegacyConvertedEnhancedMRImageStorage})
-TRANSFER_SYNTAXES = frozenset(
-    {
-        ImplicitVRLittleEndian,
-        ExplicitVRLittleEndian,
-        JPEGLossless,
-        JPEGLosslessSV1,
-        JPEGLSLossless,
-        JPEGLSNearLossless,
-        JPEG2000Lossless,
-        JPEG2000,
-        RLELossless,
-    }
-)
 
 _MAX_SIDE = 2048
 _MAX_FRAMES = 4096
@@ -158,7 +129,7 @@ def read_instance(path: Path) -> Instance:
     try:
         dataset = _parse(path)
         name = UID(dataset.get("SOPClassUID") or dataset.file_meta.MediaStorageSOPClassUID).name
-        if dataset.get("SOPClassUID") not in MR_IMAGE_CLASSES:
+        if dataset.get("SOPClassUID") not in SOP_CLASSES:
             return Instance(path, dataset, name)
         pixels = _bounded_pixels(dataset, path)
         del dataset.PixelData
@@ -208,7 +179,7 @@ def items(header: Dataset, keyword: str) -> list[Dataset]:
 def _parse(path: Path) -> FileDataset:
     """The whole data set of a Part 10 file; of anything but an MR image only what precedes the pixels."""
     meta = read_file_meta_info(path)
-    wanted = meta.get("MediaStorageSOPClassUID", MRImageStorage) in MR_IMAGE_CLASSES
+    wanted = meta.get("MediaStorageSOPClassUID", MRImageStorage) in SOP_CLASSES
     syntax = UID(meta.TransferSyntaxUID)
     if syntax == DeflatedExplicitVRLittleEndian or (wanted and syntax not in TRANSFER_SYNTAXES):
         # A few deflated kilobytes can become gigabytes: refused before a byte is inflated.

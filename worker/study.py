@@ -18,9 +18,10 @@ import numpy.typing as npt
 from pydicom.dataset import Dataset
 
 from models.volume import Volume
+from service.core.accepted import HEAD_BYTES, SOP_CLASSES, may_be_image
 from service.core.errors import Permanent, Reason
 from service.core.series import STEP_TOLERANCE, Fault, HeaderSummary, geometry_faults
-from worker.planes import MR_IMAGE_CLASSES, Instance, Plane, number, numbers, read_instance, texts
+from worker.planes import Instance, Plane, number, numbers, read_instance, texts
 
 PRODUCT_NAME = "lowgad"  # with the private block, how our own images are recognised
 PRIVATE_GROUP, PRIVATE_CREATOR = 0x4C47, "LOWGAD SYNTHCE 1"
@@ -76,25 +77,14 @@ class Study:
 
 
 def find_files(folder: Path) -> list[Path]:
-    """The files under `folder` that may be DICOM instances, sorted by name.
-
-    A file counts when it has the DICM prefix or a name as if it should (.dcm, .dicom, .ima, no suffix), so that a
-    damaged image is refused instead of overlooked. Hidden files, DICOMDIR and files of other kinds are left out.
-    """
+    """The files under `folder` that may be DICOM instances (`service.core.accepted.may_be_image`), sorted by name."""
     files = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(path for path in files if _may_be_image(path.relative_to(folder)) and _is_candidate(path))
+    return sorted(path for path in files if may_be_image(path.relative_to(folder), _head(path)))
 
 
-def _may_be_image(inside: Path) -> bool:
-    hidden = any(part.startswith(".") for part in inside.parts)
-    return not hidden and inside.name.upper() not in {"DICOMDIR", "LICENSE", "LOCKFILE", "README", "VERSION"}
-
-
-def _is_candidate(path: Path) -> bool:
-    if path.suffix.lower() in {"", ".dcm", ".dicom", ".ima"} or path.suffix[1:].isdigit():
-        return True
+def _head(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
+        return file.read(HEAD_BYTES)
 
 
 def read_study(paths: Iterable[Path], progress: Callable[[int, int], None] | None = None) -> Study:
@@ -120,7 +110,7 @@ def read_study(paths: Iterable[Path], progress: Callable[[int, int], None] | Non
     _refuse_own_output(instances)
     images = _without_copies([instance for instance in instances if instance.planes])
     if not images:
-        is_mr = any(instance.header.get("SOPClassUID") in MR_IMAGE_CLASSES for instance in instances)
+        is_mr = any(instance.header.get("SOPClassUID") in SOP_CLASSES for instance in instances)
         raise Permanent(Reason.UNSUPPORTED_OBJECT if is_mr else Reason.NOT_MR, "; ".join(_others(instances)))
     series = sorted(_grouped(images), key=lambda one: (number(one.header, "SeriesNumber") or 0, one.series_uid))
     numbers_in_use = frozenset(int(number(instance.header, "SeriesNumber") or 0) for instance in instances)

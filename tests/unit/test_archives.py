@@ -190,6 +190,8 @@ def test_sidecars_are_passed_over_and_lost_slices_are_not(tmp_path: Path) -> Non
         "__MACOSX/a.dcm": b"x",
         "notes.txt": b"x",
         "report.json": b"{}",
+        "export/LICENSE": b"terms",
+        "1.2.840.113619.7": b"cut",
     }
     files = [received(tmp_path, content, name) for name, content in names.items()]
-    assert [item.name for item in dicom_files(files)] == ["IM0001", "a.dcm", "DICOM/I10", "odd.bin"]
+    assert [item.name for item in dicom_files(files)] == ["IM0001", "a.dcm", "DICOM/I10", "odd.bin", "1.2.840.113619.7"]
