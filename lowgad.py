@@ -328,11 +328,9 @@ def _model(settings: Settings) -> str:
 
 def _model_folder(settings: Settings) -> Path:
     """The site's model, or the one that is bundled."""
-    import models
+    from models.card import DEFAULT_MODEL, ZOO
 
-    zoo = Path(models.__file__).parent / "zoo"
-    bundled = sorted(path for path in zoo.iterdir() if path.is_dir()) if zoo.is_dir() else []
-    return settings.model_dir or (bundled[-1] if bundled else zoo)
+    return settings.model_dir or ZOO / DEFAULT_MODEL
 
 
 def _clear(out: Path) -> None:

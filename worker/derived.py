@@ -59,7 +59,6 @@ class DerivationContext:
     simulated_dose_mmol_per_kg: float | None
     software_version: str
     now: datetime
-    report_sha256: str = ""
     series_numbers_in_use: frozenset[int] = frozenset()
 
 
@@ -345,8 +344,6 @@ def _add_private_block(instance: Dataset, kind: Kind, context: DerivationContext
         block.add_new(0x05, "FD", context.simulated_dose_mmol_per_kg)
     if context.administered_dose_mmol_per_kg is not None:
         block.add_new(0x06, "FD", context.administered_dose_mmol_per_kg)
-    if context.report_sha256:
-        block.add_new(0x07, "LO", context.report_sha256)
 
 
 def _add_file_meta(instance: Dataset, context: DerivationContext) -> None:
