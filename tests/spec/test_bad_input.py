@@ -59,6 +59,10 @@ def assert_refused(done: Result, out: Path, reason: Reason) -> None:
     assert reason.name in lines[0]
     report = json.loads((out / "report.json").read_text())
     assert (report["outcome"], report["reason"]) == (reason.outcome.name, reason.name)
+    said = lines[0] + (out / "report.json").read_text()
+    assert [
+        name for name in ("Phantom^", "PHANTOM", "SYNTH0", "Else^", "SOMEBODY") if name in said
+    ] == []  # no patient data
     assert sorted(path.name for path in out.iterdir()) == ["report.json"]
 
 
