@@ -2,11 +2,17 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
+.NOTPARALLEL:
 
-PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
-RUNTIME := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# The two wheels of onnxruntime break each other: a machine gets exactly one.
+RUNTIME := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+OTHER_RUNTIME := $(if $(filter gpu,$(RUNTIME)),onnxruntime,onnxruntime-gpu)
+# On Debian and Ubuntu the venv module is a package of its own, for each version of Python.
+VENV_PACKAGE := $(if $(PYTHON),$(shell test -x $(BIN)/pip || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || echo $(notdir $(PYTHON))-venv))
 PEERS := redis-server postgresql dcmtk orthanc orthanc-dicomweb dicom3tools chromium chromium-driver
 
 .PHONY: help setup setup-tests peers demo check test bench clean
@@ -14,7 +20,9 @@ PEERS := redis-server postgresql dcmtk orthanc orthanc-dicomweb dicom3tools chro
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-setup: .venv/.run ## a virtual environment with .venv/bin/lowgad and the onnxruntime that fits this machine
+setup: .venv/.run-$(RUNTIME) ## a virtual environment with .venv/bin/lowgad and the onnxruntime that fits this machine
+
+setup-tests: .venv/.test-$(RUNTIME) ## what tests and training need beside it
 
 demo: setup ## the main job on this machine: simulate, send, process, receive, look
 	$(BIN)/lowgad demo --out demo-out
@@ -31,26 +39,26 @@ test: peers check ## everything CI runs, with real peers
 bench: setup ## wall time and memory of `lowgad run` on STUDY=<folder>
 	$(BIN)/python benchmarks/run_real.py $(STUDY)
 
-setup-tests: .venv/.test ## what tests and training need beside it
+peers: ## the programs that the tests talk to, from the distribution; the tests start their own, never its services
+	@deploy/install-packages.sh $(VENV_PACKAGE) $(PEERS)
 
 clean: ## remove what the targets made, results of the demo included
-	rm -rf .venv demo-out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv demo-out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-# The venv module is a package of its own on Debian and Ubuntu.
-.venv/bin/python:
-	@[ -n "$(PYTHON)" ] || { echo "lowgad needs Python 3.11 or newer; install python3 first" >&2; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || deploy/install-packages.sh python3-venv
+$(BIN)/pip:
+	@test -n "$(PYTHON)" || { echo 'lowgad needs Python 3.11 or newer, and finds none as python3 or python3.<n>' >&2; exit 1; }
+	@deploy/install-packages.sh $(VENV_PACKAGE)
 	$(PYTHON) -m venv .venv
 
-# One stamp for each set of requirements; both wheels of onnxruntime at once break each other, so the other one goes.
-.venv/.run: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip uninstall --quiet --yes $(if $(filter gpu,$(RUNTIME)),onnxruntime,onnxruntime-gpu)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(RUNTIME)]'
-	touch $@
+# A stamp for each set of requirements: quick the second time, made anew when the requirements or the machine change.
+.venv/.run-$(RUNTIME): pyproject.toml | $(BIN)/pip
+	@echo 'installing the Python packages that lowgad needs ($(RUNTIME)) into .venv'
+	@rm -f .venv/.run-* .venv/.test-*
+	$(PIP) --quiet uninstall --yes $(OTHER_RUNTIME)
+	$(PIP) install --editable '.[$(RUNTIME)]'
+	@touch $@
 
-.venv/.test: pyproject.toml | .venv/.run
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(RUNTIME),train,dev]'
-	touch $@
-
-peers:
-	@deploy/install-packages.sh $(PEERS)
+.venv/.test-$(RUNTIME): .venv/.run-$(RUNTIME)
+	@echo 'installing the Python packages that tests and training need (torch among them) into .venv'
+	$(PIP) install --editable '.[$(RUNTIME),train,dev]'
+	@touch $@
