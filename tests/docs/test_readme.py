@@ -6,14 +6,19 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
 import lowgad
+from service.api import create_app
 from service.core.job import TRANSITIONS
+from service.core.ledger import Ledger
+from service.core.queue import make_celery
 from service.core.settings import Settings
+from service.core.spool import Spool
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -59,6 +64,45 @@ def test_every_make_target_that_readme_names_exists() -> None:
     named = set(re.findall(r"\bmake ([a-z]+)\b", README.read_text(encoding="utf-8")))
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert {"demo", "test"} <= named <= targets
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of README in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def command_lines(program: str) -> list[list[str]]:
+    """The words after `program` in the shell blocks, comments and variables in front left out."""
+    lines = [re.sub(r"^([A-Z_]+=\S+ )+", "", line) for block in blocks("sh") for line in block.splitlines()]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith(f"{program} ")]
+
+
+def test_every_option_of_a_command_that_readme_shows_exists() -> None:
+    shown = command_lines("lowgad")
+    for name, *words in shown:
+        lowgad.main.commands[name].make_context(name, [*words], resilient_parsing=True)
+        known = {option for parameter in lowgad.main.commands[name].params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= known
+    assert len(shown) >= 3
+
+
+def test_every_request_that_readme_shows_is_served(tmp_path: Path) -> None:
+    site = Settings(data_dir=tmp_path)
+    with Ledger.open(site.ledger_url) as ledger:
+        app = create_app(site, ledger, Spool(site.spool_dir), make_celery(site))
+        served = {(method.upper(), path) for path, methods in app.openapi()["paths"].items() for method in methods}
+    shown = command_lines("curl")
+    for words in shown:
+        path = re.sub(r"/JOB\b", "/{job_id}", next(word for word in words if word.startswith("http")).split(":8080")[1])
+        method = "POST" if {"-F", "POST"} & set(words) else "GET"
+        assert (method, path) in served
+    assert len(shown) >= 4
+
+
+def test_the_site_file_that_readme_shows_is_valid(tmp_path: Path) -> None:
+    (tmp_path / "site.toml").write_text("\n".join(blocks("toml")), encoding="utf-8")
+    shown = Settings.load({}, tmp_path / "site.toml")
+    assert [shown.destination(name) for name in shown.default_destinations] == list(shown.destinations) != []
 
 
 @pytest.mark.parametrize("document", ["README.md", "SECURITY.md", "CHANGELOG.md"])
