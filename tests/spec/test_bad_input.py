@@ -33,6 +33,7 @@ REFUSED = {
     "own_output": Reason.OWN_OUTPUT,
     "standard_dose": Reason.STANDARD_DOSE,
 }
+PATIENT_DATA = ("Phantom^", "PHANTOM", "SYNTH0", "Else^", "SOMEBODY")  # in the headers of the studies below
 UNKNOWN = {
     "field_strength": ({"field_strength_t": None}, Reason.UNKNOWN_FIELD_STRENGTH),
     "agent": ({"agent": "CE"}, Reason.UNKNOWN_AGENT),
@@ -60,9 +61,7 @@ def assert_refused(done: Result, out: Path, reason: Reason) -> None:
     report = json.loads((out / "report.json").read_text())
     assert (report["outcome"], report["reason"]) == (reason.outcome.name, reason.name)
     said = lines[0] + (out / "report.json").read_text()
-    assert [
-        name for name in ("Phantom^", "PHANTOM", "SYNTH0", "Else^", "SOMEBODY") if name in said
-    ] == []  # no patient data
+    assert [name for name in PATIENT_DATA if name in said] == []
     assert sorted(path.name for path in out.iterdir()) == ["report.json"]
 
 
