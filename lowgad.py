@@ -353,6 +353,9 @@ def _outcome(out: Path) -> Iterator[None]:
         (out / "report.json").write_text(json.dumps(report | {"detail": error.detail}, indent=1), encoding="utf-8")
         click.echo(f"lowgad: {reason.outcome.name} {reason.name}: {reason.text} {error.detail}".rstrip(), err=True)
         sys.exit(reason.outcome.value)
+    except OSError as error:
+        _clear(out)
+        raise click.ClickException(f"the result could not be written or the study not read: {error}") from None
 
 
 @contextmanager

@@ -24,6 +24,8 @@ NAMES = (
     "log_spacing_i", "log_spacing_j", "log_spacing_k",
     *(f"sequence_{name.lower()}" for name in SEQUENCES),
 )  # fmt: skip
+HEADROOM = 1.5  # amplification beyond 1/dose that the bound of the signal allows: looser than any prediction
+UNKNOWN_DOSE_FRACTION = 0.33  # that the bound assumes where the dose is not known
 DOSE_INDEX, DOSE_KNOWN_INDEX = NAMES.index("log_dose_fraction"), NAMES.index("dose_known")
 TRAINED = {  # what the simulator draws (models.training.phantom); outside is said in the report
     "field_strength_t": (1.4, 3.2),

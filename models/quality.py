@@ -55,6 +55,10 @@ LIMITS: dict[str, _Limit] = {
     "gain_field_sd": _Limit(0.04, 0.12, "standard deviation of the gain field; unlike pairs measured .07 to .09"),
     "noise": _Limit(0.10, 0.30, "noise of the subtraction, white matter = 1; the network was trained up to about .11"),
     "brain_ml": _Limit(700.0, 500.0, "volume of the brain found in the pre-contrast image, mL"),
+    "darkening": _Limit(
+        0.001, 0.005, "share of the brain that clearly darkens less the share that brightens; "
+        "above 0 there is no contrast or the series have changed places"
+    ),
     "enhancing_fraction": _Limit(0.20, 0.50, "share of the brain predicted to enhance by more than 0.1"),
 }  # fmt: skip
 
@@ -79,7 +83,7 @@ def judge_signal(signal: Array, prepared: Prepared) -> list[Figure]:
 
 
 def judge_conditions(conditions: Conditions) -> list[Figure]:
-    """Whether the acquisition lies inside what the network was trained on; outside is a warning."""
+    """Whether the acquisition lies inside what the network was trained on; a factor of two outside is refused."""
     values = {
         "field_strength_t": conditions.field_strength_t,
         "dose_fraction": conditions.dose_fraction,
@@ -90,9 +94,19 @@ def judge_conditions(conditions: Conditions) -> list[Figure]:
     for name, (low, high) in TRAINED.items():
         value = values[name]
         if value is not None:
-            verdict = Verdict.PASS if low <= value <= high else Verdict.WARN
+            near = (0.0 if name == "sigma" else low / 2) <= value <= high * 2  # little noise harms nobody
+            verdict = Verdict.PASS if low <= value <= high else Verdict.WARN if near else Verdict.REFUSE
             out.append(Figure(name, round(value, 5), verdict, f"training covered {low:g} to {high:g}"))
     return out
+
+
+def judge_order(prepared: Prepared) -> list[Figure]:
+    """Whether contrast came with the low-dose image: vessels and always-enhancing tissue brighten, never darken."""
+    smooth = ndimage.gaussian_filter(prepared.comparison.subtraction, [1.0 / s for s in prepared.pre.spacing_mm[::-1]])
+    inside = smooth[prepared.brain]
+    limit = 5 * 1.4826 * float(np.median(np.abs(inside - np.median(inside))))
+    excess = float((inside < -limit).mean() - (inside > limit).mean())
+    return [LIMITS["darkening"].judge("darkening", excess)]
 
 
 def _correlation(prepared: Prepared) -> float:

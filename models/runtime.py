@@ -18,7 +18,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from scipy import ndimage
 
 from models.card import Card, ModelError, read_card
-from models.condition import Conditions, vector
+from models.condition import HEADROOM, UNKNOWN_DOSE_FRACTION, Conditions, vector
 from models.preprocess import Prepared
 from models.volume import Array, Mask
 
@@ -139,11 +139,14 @@ class NetworkEngine:
         """See `Engine`.
 
         Raises:
-            OutputError: the network gave a value that is not finite or negative.
+            OutputError: the network gave a value that is not finite, negative or above the bound.
         """
         comparison = prepared.comparison
         images = np.stack([comparison.subtraction, prepared.pre.voxels, comparison.sigma_map])
-        return _guard(self.run(images, vector(conditions), progress) * prepared.support)
+        signal = self.run(images, vector(conditions), progress)
+        if (signal > upper_bound(comparison.subtraction, conditions.dose_fraction)).any():
+            raise OutputError("the signal exceeds the bound that the measured uptake sets")
+        return _guard(signal * prepared.support)
 
     def run(self, images: Array, condition: Array, progress: Progress = lambda _: None) -> Array:
         """The network alone: images (3, k, j, i) and condition vector to signal (k, j, i)."""
@@ -174,6 +177,30 @@ class NetworkEngine:
             read = [slice(max(0, w.start - halo), min(n, w.stop + halo)) for w, n in zip(write, shape, strict=True)]
             inner = [slice(w.start - r.start, w.stop - r.start) for w, r in zip(write, read, strict=True)]
             yield tuple(read), tuple(write), tuple(inner)  # type: ignore[misc]
+
+
+def upper_bound(subtraction: Array, dose_fraction: float | None) -> Array:
+    """What no signal may exceed: 1.5 over the dose fraction, times the largest of the subtraction and three smoothings.
+
+    The same bound is part of the exported graph; a network that a site brings need not have it, so it is checked here.
+    A rounding margin of 1e-3 of white matter is added.
+
+    Args:
+        subtraction: (k, j, i), white matter = 1.
+        dose_fraction: of the standard dose; None where it is unknown.
+    """
+    once = _binomial(subtraction, (0.25, 0.5, 0.25))
+    twice = _binomial(once, (0.25, 0.5, 0.25))
+    wide = _binomial(twice, (0.25, 0.0, 0.5, 0.0, 0.25))
+    measured = np.maximum(np.maximum(subtraction, once), np.maximum(twice, wide))
+    bound: Array = np.maximum(measured, 0) * np.float32(HEADROOM / (dose_fraction or UNKNOWN_DOSE_FRACTION) * 1.001)
+    return bound + np.float32(1e-3)
+
+
+def _binomial(volume: Array, taps: tuple[float, ...]) -> Array:
+    for axis in range(3):
+        volume = ndimage.correlate1d(volume, taps, axis, mode="nearest")
+    return volume
 
 
 def _guard(signal: Array) -> Array:

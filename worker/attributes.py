@@ -114,7 +114,7 @@ TABLE: tuple[Row, ...] = (
         PRODUCT_NAME),
     Row("ManufacturerModelName", Action.SET, "who made this image", "C.7.5.1", PRODUCT_NAME),
     *_derive("SoftwareVersions", "service version, model and the start of the model's SHA-256", "C.7.5.1"),
-    *_derive("SeriesNumber", "unused in the study, above 9000; another for each kind", "C.7.3.1"),
+    *_derive("SeriesNumber", "not that of a series that was read, above 9000; another for each kind", "C.7.3.1"),
     *_derive("InstanceNumber", "1..N by slice position", "C.7.6.1"),
     *_derive("SeriesDescription", "says that the images were not acquired", "C.7.3.1"),
     *_derive("InstanceCreationDate InstanceCreationTime SeriesDate SeriesTime ContentDate ContentTime",

@@ -23,7 +23,7 @@ from models.brain import NoBrainError
 from models.card import RESEARCH_USE
 from models.condition import CONTRACT_VERSION, Conditions
 from models.preprocess import Prepared, RegistrationError, prepare
-from models.quality import Figure, Verdict, judge_conditions, judge_pair, judge_signal
+from models.quality import Figure, Verdict, judge_conditions, judge_order, judge_pair, judge_signal
 from models.runtime import Engine, OutputError, UnknownDoseError
 from models.volume import Array
 from service.core.errors import Permanent, Reason
@@ -78,8 +78,7 @@ def run(
     clock.enter(Stage.PREPROCESS, 0.15)
     prepared = _prepare(pair, lambda part: progress(Stage.PREPROCESS, 0.15 + 0.35 * part))
     conditions = _conditions(acquisition, prepared)
-    figures = judge_pair(prepared) + judge_conditions(conditions)
-    _refuse(figures, Reason.PAIR_NOT_COMPARABLE)
+    figures = _judge(prepared, conditions)
     clock.enter(Stage.INFER, 0.5)
     signal = _predict(engine, prepared, conditions, lambda part: progress(Stage.INFER, 0.5 + 0.3 * part))
     figures += judge_signal(signal, prepared)
@@ -172,6 +171,18 @@ def _context(
         now=now,
         series_numbers_in_use=numbers,
     )
+
+
+def _judge(prepared: Prepared, conditions: Conditions) -> list[Figure]:
+    """The figures before inference, unless one of them refuses the study."""
+    checks = (
+        (judge_pair(prepared), Reason.PAIR_NOT_COMPARABLE),
+        (judge_order(prepared), Reason.SERIES_SWAPPED),
+        (judge_conditions(conditions), Reason.OUTSIDE_TRAINING),
+    )
+    for figures, reason in checks:
+        _refuse(figures, reason)
+    return [figure for figures, _ in checks for figure in figures]
 
 
 def _refuse(figures: Sequence[Figure], reason: Reason) -> None:

@@ -15,10 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.condition import DOSE_INDEX, DOSE_KNOWN_INDEX, NAMES
+from models.condition import DOSE_INDEX, DOSE_KNOWN_INDEX, HEADROOM, NAMES, UNKNOWN_DOSE_FRACTION
 
-HEADROOM = 1.5  # amplification beyond 1/dose that the bound allows: it has to be looser than the prediction
-UNKNOWN_DOSE_FRACTION = 0.33  # of the bound where the dose is not known
 CHANNELS = ("subtraction", "pre", "sigma_map")
 NOISE_LEFT = (
     1.0,

@@ -366,12 +366,14 @@ def _image(anatomy: _Anatomy, scenario: Scenario, rng: np.random.Generator) -> P
     psf = rng.uniform(0.3, 0.6)
     ideal = {dose: ndimage.gaussian_filter(image, psf) for dose, image in ideal.items()}
     level = float(np.quantile(ideal[0.0][anatomy.brain], 0.9)) if anatomy.brain.sum() > 100 else 1.0
-    pre, low = _acquire(ideal[0.0] / level, ideal[scenario.dose_fraction] / level, scenario, rng)
+    bias = np.exp(smooth_field(anatomy.brain.shape, 40, rng.uniform(0, 0.15), rng))  # of the receive coil
+    ideal = {dose: (image * bias / level).astype(np.float32) for dose, image in ideal.items()}
+    pre, low = _acquire(ideal[0.0], ideal[scenario.dose_fraction], scenario, rng)
     return Phantom(
         scenario,
         pre,
         low,
-        ((ideal[1.0] - ideal[0.0]) / level).astype(np.float32),
+        (ideal[1.0] - ideal[0.0]).astype(np.float32),
         anatomy.brain,
         anatomy.labels,
         tuple(anatomy.diameters),
@@ -388,14 +390,13 @@ def _tissue_signal(tissue: Tissue, scenario: Scenario, concentration: Array | No
 
 
 def _acquire(pre: Array, low: Array, scenario: Scenario, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Bias, gain, a residual misalignment of the low-dose image, and noise on both."""
+    """Gain, a residual misalignment of the low-dose image, and noise on both."""
     shape = pre.shape
-    bias = np.exp(smooth_field(shape, 40, rng.uniform(0, 0.15), rng))
     drift = np.exp(smooth_field(shape, 45, rng.uniform(0, 0.02), rng)) * rng.uniform(0.85, 1.2)
     g_map = np.clip(1 + smooth_field(shape, 30, rng.uniform(0, 0.25), rng), 0.6, 2.5)
     blur = rng.uniform(0, 0.6)
-    moved = _misalign(low * bias, scenario, rng)
-    first = magnitude(pre * bias, scenario.sigma, blur, g_map, rng)
+    moved = _misalign(low, scenario, rng)
+    first = magnitude(pre, scenario.sigma, blur, g_map, rng)
     second = magnitude(moved, scenario.sigma, blur, g_map, rng)
     if rng.uniform() < 0.7:  # registration interpolates the noise, too
         second = ndimage.shift(second, rng.uniform(-0.5, 0.5, 3), order=3, mode="nearest")

@@ -81,6 +81,14 @@ class Reason(Enum):
         Outcome.NEEDS_REVIEW,
         "Pre-contrast and low-dose images do not look like the same sequence of the same head.",
     )
+    OUTSIDE_TRAINING = (
+        Outcome.NEEDS_REVIEW,
+        "The acquisition lies far outside what the network was trained on; the detail says in what.",
+    )
+    SERIES_SWAPPED = (
+        Outcome.NEEDS_REVIEW,
+        "The series taken as low dose is darker where contrast should be: the two series may have changed places.",
+    )
     REGISTRATION_FAILED = (
         Outcome.NEEDS_REVIEW,
         "The series could not be aligned with each other or no brain was found.",

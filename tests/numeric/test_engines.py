@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from models.card import DEFAULT_MODEL, ZOO, ModelError, read_card
-from models.condition import DOSE_INDEX, NAMES, Conditions, vector
+from models.condition import DOSE_INDEX, HEADROOM, NAMES, UNKNOWN_DOSE_FRACTION, Conditions, vector
 from models.preprocess import prepare
-from models.quality import Verdict, judge_pair
-from models.runtime import LinearEngine, NetworkEngine, UnknownDoseError
-from models.training.network import HEADROOM, UNKNOWN_DOSE_FRACTION
+from models.quality import Verdict, judge_conditions, judge_order, judge_pair
+from models.runtime import LinearEngine, NetworkEngine, OutputError, Progress, UnknownDoseError
 from models.volume import Array
 from tests.numeric.phantoms import as_volume, head
 
@@ -125,6 +124,34 @@ def test_like_pairs_pass_the_gate_and_unlike_ones_are_refused() -> None:
     unlike = judge_pair(prepare(as_volume(phantom.pre), as_volume(inverted)))
     assert {figure.verdict for figure in like if figure.name != "brain_ml"} == {Verdict.PASS}
     assert Verdict.REFUSE in {figure.verdict for figure in unlike}
+
+
+def test_a_pair_whose_series_changed_places_is_refused_and_the_right_order_passes() -> None:
+    phantom = head(stripped=False)
+    right = judge_order(prepare(as_volume(phantom.pre), as_volume(phantom.low)))
+    swapped = judge_order(prepare(as_volume(phantom.low), as_volume(phantom.pre)))
+    assert [figure.verdict for figure in right] == [Verdict.PASS]
+    assert [figure.verdict for figure in swapped] == [Verdict.REFUSE]
+
+
+@pytest.mark.parametrize(("fraction", "verdict"), [(0.33, Verdict.PASS), (0.04, Verdict.WARN), (0.02, Verdict.REFUSE)])
+def test_a_dose_far_below_what_was_trained_is_refused(fraction: float, verdict: Verdict) -> None:
+    figures = {figure.name: figure.verdict for figure in judge_conditions(conditions(fraction * 0.1))}
+    assert figures["dose_fraction"] is verdict
+
+
+def test_a_network_without_the_bound_is_caught() -> None:
+    phantom = head(stripped=True)
+    prepared = prepare(as_volume(phantom.pre), as_volume(phantom.low))
+
+    class Unbounded(NetworkEngine):
+        """As a site might bring it: paints everywhere."""
+
+        def run(self, images: Array, condition: Array, progress: Progress = lambda _: None) -> Array:
+            return np.full(images.shape[1:], 0.5, np.float32)
+
+    with pytest.raises(OutputError, match="bound"):
+        Unbounded(MODEL).predict(prepared, conditions())
 
 
 def test_unknown_values_are_passed_as_unknown_and_never_as_a_default() -> None:
