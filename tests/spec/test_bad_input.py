@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pydicom
 import pytest
 from click.testing import CliRunner, Result
 
@@ -48,9 +49,20 @@ def good_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(study: Path, out: Path, **variables: str) -> Result:
-    arguments = ["run", str(study), "--out", str(out), "--engine", "linear"]
+def run(study: Path, out: Path, *options: str, **variables: str) -> Result:
+    arguments = ["run", str(study), "--out", str(out), "--engine", "linear", *options]
     return CliRunner().invoke(lowgad.main, arguments, env=variables, catch_exceptions=False)
+
+
+def changed(study: Path, copy: Path, series: str, **elements: str | None) -> Path:
+    """A copy of the study with other elements in the headers of one series; None removes an element."""
+    shutil.copytree(study, copy)
+    for path in (copy / series).glob("*.dcm"):
+        instance = pydicom.dcmread(path)
+        for keyword, value in elements.items():
+            delattr(instance, keyword) if value is None else setattr(instance, keyword, value)
+        instance.save_as(path)
+    return copy
 
 
 def assert_refused(done: Result, out: Path, reason: Reason) -> None:
@@ -103,16 +115,24 @@ def test_after_a_refusal_a_good_study_works_its_output_is_refused_as_input_and_n
     assert_refused(run(tmp_path / "sent_back", out), out, Reason.OWN_OUTPUT)
 
 
+def test_series_that_a_caller_named_the_wrong_way_round_need_review(tmp_path: Path, good_study: Path) -> None:
+    pre, low = (str(pydicom.dcmread(good_study / name / "0001.dcm").SeriesInstanceUID) for name in ("pre", "low"))
+    headers = {"ContrastBolusAgent": "Gadovist", "ContrastBolusVolume": "2.5"}
+    study = changed(good_study, tmp_path / "study", "pre", **headers)
+    done = run(study, tmp_path / "out", "--pre-series", low, "--low-series", pre)
+    assert_refused(done, tmp_path / "out", Reason.SERIES_SWAPPED)
+
+
+def test_a_field_strength_far_outside_the_training_needs_review(tmp_path: Path, good_study: Path) -> None:
+    study = changed(good_study, tmp_path / "study", "low", MagneticFieldStrength="7")
+    study = changed(study, tmp_path / "both", "pre", MagneticFieldStrength="7")
+    assert_refused(run(study, tmp_path / "out"), tmp_path / "out", Reason.OUTSIDE_TRAINING)
+
+
 def test_a_phantom_with_an_unknown_dose_is_processed_by_the_network_where_the_site_allows_it(
     tmp_path: Path, good_study: Path
 ) -> None:
-    import pydicom
-
-    study = Path(shutil.copytree(good_study, tmp_path / "study"))
-    for path in (study / "low").glob("*.dcm"):
-        instance = pydicom.dcmread(path)
-        del instance.ContrastBolusVolume
-        instance.save_as(path)
+    study = changed(good_study, tmp_path / "study", "low", ContrastBolusVolume=None)
     arguments = ["run", str(study), "--out", str(tmp_path / "out"), "--engine", "network"]
     allowed = {"LOWGAD_ALLOW_UNKNOWN": "dose"}
     done = CliRunner().invoke(lowgad.main, arguments, env=allowed, catch_exceptions=False)
