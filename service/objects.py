@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-import struct
 from dataclasses import dataclass
 from io import BytesIO
 
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.errors import InvalidDicomError
 from pydicom.filebase import DicomBytesIO
 from pydicom.filereader import read_dataset
 from pydicom.filewriter import write_file_meta_info
 from pydicom.tag import BaseTag
 from pydicom.uid import UID
 
-from service.core.accepted import TRANSFER_SYNTAXES
+from service.core.accepted import DAMAGE, TRANSFER_SYNTAXES
 from service.core.errors import Permanent, Reason
 from service.core.series import HeaderSummary
 
@@ -29,21 +27,6 @@ PREAMBLE = b"\0" * 128 + b"DICM"
 IMPLEMENTATION_CLASS_UID = UID("2.25.248861340379103211946264364152217420033")  # of the file heads that we write
 _FILE_META, _PIXELS = 0x0002, 0x7FE0  # groups of elements
 _UID = re.compile(r"[0-9.]{1,64}")  # lenient: leading zeros are common, and UIDs are never used in paths
-# What pydicom raises on damaged or hostile bytes. RecursionError: sequences nested without end.
-_DAMAGE = (
-    InvalidDicomError,
-    OSError,
-    EOFError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    ArithmeticError,
-    NotImplementedError,
-    RecursionError,
-    MemoryError,
-    struct.error,
-)
 
 
 @dataclass(frozen=True)
@@ -70,7 +53,7 @@ def from_wire(dataset: bytes, transfer_syntax_uid: str) -> DicomObject:
         raise Permanent(Reason.UNSUPPORTED_OBJECT, "transfer syntax")
     try:
         return _object(dataset, UID(transfer_syntax_uid))
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise Permanent(Reason.UNREADABLE_FILE, f"the header cannot be parsed ({type(error).__name__})") from None
 
 
@@ -87,7 +70,7 @@ def from_file(data: bytes) -> DicomObject:
         stream.seek(132)
         meta = read_dataset(stream, False, True, stop_when=lambda tag, *_: tag.group != _FILE_META)
         transfer_syntax_uid = str(meta.TransferSyntaxUID)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise Permanent(Reason.UNREADABLE_FILE, f"the file head cannot be parsed ({type(error).__name__})") from None
     return from_wire(data[stream.tell() :], transfer_syntax_uid)
 

@@ -23,7 +23,6 @@ import numpy.typing as npt
 from pydicom import dcmread
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileDataset
-from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.filereader import read_file_meta_info
 from pydicom.multival import MultiValue
 from pydicom.pixels.utils import pixel_array
@@ -32,27 +31,12 @@ from pydicom.tag import Tag
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, MRImageStorage
 from pydicom.valuerep import VR, format_number_as_ds
 
-from service.core.accepted import SOP_CLASSES, TRANSFER_SYNTAXES
+from service.core.accepted import DAMAGE, SOP_CLASSES, TRANSFER_SYNTAXES
 from service.core.errors import Permanent, Reason
 
 _MAX_SIDE = 2048
 _MAX_FRAMES = 4096
 _MAX_BYTES = 2**30
-# What pydicom and the decoders raise on damaged or hostile files. RecursionError: sequences nested without end.
-_DAMAGE = (
-    InvalidDicomError,
-    BytesLengthException,
-    OSError,
-    EOFError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    ArithmeticError,
-    RuntimeError,
-    MemoryError,
-    struct.error,
-)
 
 _PIXEL_DATA = Tag("PixelData")
 
@@ -76,7 +60,7 @@ class _Pixels:
         """
         try:
             array = pixel_array(self.path).reshape(self.shape)
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise Permanent(Reason.UNREADABLE_FILE, f"pixel data cannot be decoded ({type(error).__name__})") from error
         unused = array.dtype.itemsize * 8 - self.bits_stored
         return (array << unused) >> unused if unused else array
@@ -139,7 +123,7 @@ def read_instance(path: Path) -> Instance:
         return Instance(path, dataset, name, tuple(_planes(dataset, pixels)))
     except FileNotFoundError as error:
         raise Permanent(Reason.INPUT_LOST, "a file of the study is gone") from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise Permanent(Reason.UNREADABLE_FILE, f"a file cannot be parsed ({type(error).__name__})") from error
 
 

@@ -5,8 +5,10 @@ Hides nothing: the one list for listener, uploads and worker, so that a study is
 
 from __future__ import annotations
 
+import struct
 from pathlib import PurePath
 
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.uid import (
     JPEG2000,
     EnhancedMRImageStorage,
@@ -20,6 +22,22 @@ from pydicom.uid import (
     LegacyConvertedEnhancedMRImageStorage,
     MRImageStorage,
     RLELossless,
+)
+
+# What pydicom and the decoders raise on damaged or hostile bytes. RuntimeError: sequences nested without end, too.
+DAMAGE = (
+    InvalidDicomError,
+    BytesLengthException,
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    ArithmeticError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
 )
 
 SOP_CLASSES = (MRImageStorage, EnhancedMRImageStorage, LegacyConvertedEnhancedMRImageStorage)

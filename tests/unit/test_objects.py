@@ -4,7 +4,7 @@ import contextlib
 from io import BytesIO
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydicom import dcmread
 from pydicom.dataset import Dataset
@@ -103,6 +103,7 @@ def test_any_bytes_are_an_object_or_are_refused(data: bytes) -> None:
             attempt()
 
 
+@example(length=1425)  # an element of two-byte numbers that is left with one byte
 @given(st.integers(0, 3000))
 def test_a_file_cut_anywhere_is_an_object_or_is_refused(length: int) -> None:
     file = encode(make_pair(slices=1, rows=8, columns=8).pre[0])
