@@ -79,17 +79,15 @@ def test_where_nothing_can_be_installed_it_says_what_to_install_by_hand_and_fail
     assert "by hand: orthanc postgresql" in done.stderr
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 def test_without_root_and_sudo_it_says_what_to_install_by_hand(machine: Path) -> None:
     (machine / "sudo").unlink()
     machine.chmod(0o777)
     for folder in list(machine.parents)[:2]:  # pytest's own, closed to others
         folder.chmod(0o711)
     script = shutil.copy(INSTALL, machine)
+    nobody = {"user": 65534, "group": 65534} if os.geteuid() == 0 else {}
     command = [BASH, script, "orthanc"]
-    done = subprocess.run(
-        command, env={"PATH": str(machine)}, capture_output=True, text=True, check=False, user=65534, group=65534
-    )
+    done = subprocess.run(command, env={"PATH": str(machine)}, capture_output=True, text=True, check=False, **nobody)
     assert done.returncode == 1
     assert "neither root nor sudo; install by hand: orthanc" in done.stderr
 
