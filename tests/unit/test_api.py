@@ -16,7 +16,7 @@ import pydicom
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from httpx import Response
+from httpx2 import Response
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from service.api import create_app
