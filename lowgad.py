@@ -255,13 +255,14 @@ def train(preset: str, steps: int | None, out: Path, workers: int) -> None:
 @click.argument("folder", type=FOLDER)
 @click.option("--id", "model_id", required=True, help="Name of the model")
 @click.option("--preset", default="small-cpu", show_default=True, help="Of the run, for the card")
-def export(checkpoint: Path, folder: Path, model_id: str, preset: str) -> None:
+@click.option("--gate-offset", type=float, default=0.0, show_default=True, help="Operating point: larger is stricter")
+def export(checkpoint: Path, folder: Path, model_id: str, preset: str, gate_offset: float) -> None:
     """Export a CHECKPOINT to the model FOLDER and prove it against torch (needs the extra `train`)."""
     from models.training.export import ParityError
     from models.training.export import export as run_export
 
     try:
-        difference = run_export(checkpoint, folder, model_id=model_id, preset=preset)
+        difference = run_export(checkpoint, folder, model_id=model_id, preset=preset, gate_offset=gate_offset)
     except ParityError as error:
         raise click.ClickException(str(error)) from None
     click.echo(f"{folder}: largest difference between torch and ONNX Runtime {difference:.1e}")

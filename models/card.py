@@ -38,6 +38,7 @@ class Card:
     preset: str
     steps: int
     seed: int
+    gate_offset: float  # taken from the network's gate at export: fewer false voxels for more missed ones
     halo_voxels: int  # beyond which voxels do not influence each other
     stride: int  # volumes are padded to multiples of this
     limits: tuple[str, ...]

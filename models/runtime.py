@@ -144,15 +144,14 @@ class NetworkEngine:
         comparison = prepared.comparison
         images = np.stack([comparison.subtraction, prepared.pre.voxels, comparison.sigma_map])
         signal = self.run(images, vector(conditions), progress)
-        if (signal > upper_bound(comparison.subtraction, conditions.dose_fraction)).any():
+        if (signal > self._bound(comparison.subtraction, conditions.dose_fraction)).any():
             raise OutputError("the signal exceeds the bound that the measured uptake sets")
         return _guard(signal * prepared.support)
 
     def run(self, images: Array, condition: Array, progress: Progress = lambda _: None) -> Array:
         """The network alone: images (3, k, j, i) and condition vector to signal (k, j, i)."""
-        stride = self.card.stride
         shape = images.shape[1:]
-        padded = np.pad(images, [(0, 0), *((0, -n % stride) for n in shape)], mode="edge")
+        padded = self._padded(images)
         out = np.zeros(padded.shape[1:], np.float32)
         tiles = list(self.tiles(padded.shape[1:]))
         for count, (read, write, core) in enumerate(tiles, 1):
@@ -160,6 +159,15 @@ class NetworkEngine:
             out[write] = self._session.run(["signal"], feed)[0][0, 0][core]
             progress(count / len(tiles))
         return out[tuple(slice(0, n) for n in shape)]
+
+    def _bound(self, subtraction: Array, dose_fraction: float | None) -> Array:
+        """The bound on the padded volume, as the network sees it: at an edge the smoothings depend on the padding."""
+        bound = upper_bound(self._padded(subtraction[None])[0], dose_fraction)
+        return bound[tuple(slice(0, n) for n in subtraction.shape)]
+
+    def _padded(self, images: Array) -> Array:
+        sides = [(0, -n % self.card.stride) for n in images.shape[1:]]
+        return np.pad(images, [(0, 0), *sides], mode="edge")
 
     def tiles(self, shape: tuple[int, ...]) -> Iterator[tuple[Box, Box, Box]]:
         """(read, write, core of what was read) boxes that cover the volume; one box where memory allows.

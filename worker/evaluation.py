@@ -113,6 +113,7 @@ def render(card: Card, rows: Sequence[Row], studies: int) -> str:
         f"Predicts the contrast signal of the standard dose from a pre-contrast and a low-dose T1 volume.\n\n"
         f"| | |\n| --- | --- |\n| variant | {card.variant} |\n| training data | {card.training_data} |\n"
         f"| training | preset {card.preset}, {card.steps} steps, seed {card.seed} |\n"
+        f"| operating point | gate offset {card.gate_offset:g}, chosen on validation studies |\n"
         f"| ONNX opset | {card.opset} |\n| contract | {card.contract} |\n"
         f"| SHA-256 of model.onnx | `{card.sha256}` |\n\n"
     )

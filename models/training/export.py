@@ -16,7 +16,7 @@ import torch
 
 from models.card import RESEARCH_USE
 from models.condition import CONTRACT_VERSION, NAMES
-from models.training.network import STRIDE, VARIANTS, Network
+from models.training.network import GATE, STRIDE, VARIANTS, Network
 from models.volume import Array
 
 OPSET = 18
@@ -41,7 +41,7 @@ def load_network(checkpoint: Path) -> tuple[Network, dict[str, object]]:
     return network.eval(), config
 
 
-def export(checkpoint: Path, folder: Path, *, model_id: str, preset: str) -> float:
+def export(checkpoint: Path, folder: Path, *, model_id: str, preset: str, gate_offset: float = 0.0) -> float:
     """Write a model folder.
 
     Args:
@@ -49,6 +49,8 @@ def export(checkpoint: Path, folder: Path, *, model_id: str, preset: str) -> flo
         folder: created; existing files are replaced.
         model_id: name of the model.
         preset: name of the training preset, for the card.
+        gate_offset: the operating point: taken from the logit of the gate, so that fewer voxels falsely enhance and
+            more are missed. To be chosen on the validation set.
 
     Returns:
         The largest difference between torch and ONNX Runtime.
@@ -57,6 +59,10 @@ def export(checkpoint: Path, folder: Path, *, model_id: str, preset: str) -> flo
         ParityError: that difference exceeds 1e-4.
     """
     network, config = load_network(checkpoint)
+    with torch.no_grad():
+        for name, parameter in network.head.named_parameters():
+            if name == "bias":
+                parameter[GATE] -= gate_offset
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.onnx"
     example = (torch.rand(1, 3, 32, 32, 32), torch.zeros(1, len(NAMES)))
@@ -78,7 +84,9 @@ def export(checkpoint: Path, folder: Path, *, model_id: str, preset: str) -> flo
     if difference > 1e-4:
         raise ParityError(f"torch and ONNX Runtime differ by {difference:.2e}")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    (folder / "card.toml").write_text(_card(model_id, preset, config, digest), encoding="utf-8")
+    (folder / "card.toml").write_text(
+        _card(model_id, preset, config | {"gate_offset": gate_offset}, digest), encoding="utf-8"
+    )
     return difference
 
 
@@ -118,6 +126,7 @@ def _card(model_id: str, preset: str, config: dict[str, object], digest: str) ->
         "preset": preset,
         "steps": config["steps"],
         "seed": config["seed"],
+        "gate_offset": config["gate_offset"],
         "halo_voxels": HALO[str(config["variant"])],
         "stride": STRIDE,
         "limits": list(LIMITS),

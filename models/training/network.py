@@ -25,6 +25,7 @@ NOISE_LEFT = (
     0.15,
 )  # of the noise after each smoothing, for the slightly correlated noise of a scanner
 CLEAR = 2.5  # signal-to-noise ratio at which an untrained network opens its gate by half: the paper's p(2.5) = 0.5
+GATE = 7  # channel of the head that opens or closes the output
 STRIDE = 4  # volumes are padded to a multiple of this
 
 

@@ -150,6 +150,7 @@ def test_a_network_without_the_bound_is_caught() -> None:
         def run(self, images: Array, condition: Array, progress: Progress = lambda _: None) -> Array:
             return np.full(images.shape[1:], 0.5, np.float32)
 
+    assert NetworkEngine(MODEL).predict(prepared, conditions()).max() > 0  # the bundled one passes the same check
     with pytest.raises(OutputError, match="bound"):
         Unbounded(MODEL).predict(prepared, conditions())
 

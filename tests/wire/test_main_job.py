@@ -163,7 +163,7 @@ def test_the_real_pair_run_offline_gives_valid_dicom_and_believable_enhancement(
     assert figures is not None
     # Wide: they catch a broken pipeline, not a worse network; the figures themselves are in the model card.
     assert figures.ce_error < 0.18
-    assert 0.5 < figures.slope < 1.3
+    assert 0.35 < figures.slope < 1.3
     assert figures.false_per_ml < 2.0
 
 
