@@ -8,7 +8,7 @@ import re
 import shutil
 import tracemalloc
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +77,22 @@ class Api:
 
 
 @pytest.fixture
-def api(tmp_path: Path, clock: Clock) -> Iterator[Api]:
-    opened = Api(tmp_path, clock)
-    yield opened
-    opened.ledger.close()
+def open_api(tmp_path: Path, clock: Clock) -> Iterator[Callable[..., Api]]:
+    """Makes an application with settings of its own, in a folder of that name."""
+    opened: list[Api] = []
+
+    def make(name: str = "", **settings: Any) -> Api:
+        opened.append(Api(tmp_path / name, clock, **settings))
+        return opened[-1]
+
+    yield make
+    for api in opened:
+        api.ledger.close()
+
+
+@pytest.fixture
+def api(open_api: Callable[..., Api]) -> Api:
+    return open_api()
 
 
 def zipped(files: list[bytes], names: str = "study/IM{:04}") -> bytes:
@@ -253,16 +265,16 @@ def test_two_contents_under_one_uid_in_one_upload_are_refused(api: Api) -> None:
     assert api.leftovers() == []
 
 
-def test_an_upload_beyond_the_limits_is_refused(tmp_path: Path, clock: Clock) -> None:
-    few = Api(tmp_path / "few", clock, max_upload_files=3)
+def test_an_upload_beyond_the_limits_is_refused(open_api: Callable[..., Api]) -> None:
+    few = open_api("few", max_upload_files=3)
     assert_refused(few.upload(*FILES), Reason.UPLOAD_TOO_LARGE, 413)
-    small = Api(tmp_path / "small", clock, max_upload_bytes=5000)
+    small = open_api("small", max_upload_bytes=5000)
     assert_refused(small.upload(*FILES), Reason.UPLOAD_TOO_LARGE, 413)
     assert few.leftovers() == small.leftovers() == []
 
 
-def test_nothing_is_taken_in_when_the_disk_is_low(tmp_path: Path, clock: Clock) -> None:
-    full = Api(tmp_path, clock, disk_low_bytes=1 << 62)
+def test_nothing_is_taken_in_when_the_disk_is_low(open_api: Callable[..., Api]) -> None:
+    full = open_api(disk_low_bytes=1 << 62)
     assert_refused(full.upload(*FILES), Reason.STORAGE_FULL, 507)
 
 
@@ -447,17 +459,17 @@ def test_the_process_is_alive_and_ready(api: Api) -> None:
     assert set(answer.json()["checks"]) == {"database", "spool", "disk", "broker"}
 
 
-def test_a_broker_that_is_down_degrades_but_uploads_go_on(tmp_path: Path, clock: Clock) -> None:
-    api = Api(tmp_path, clock, broker_url="redis://127.0.0.1:1/0")
+def test_a_broker_that_is_down_degrades_but_uploads_go_on(open_api: Callable[..., Api]) -> None:
+    api = open_api(broker_url="redis://127.0.0.1:1/0")
     answer = api.client.get("/readyz")
     assert (answer.status_code, answer.json()["status"]) == (200, "degraded")
     assert api.upload(*FILES).status_code == 202
 
 
-def test_a_low_disk_or_a_lost_spool_is_not_ready(tmp_path: Path, clock: Clock) -> None:
-    low = Api(tmp_path / "low", clock, disk_low_bytes=1 << 62).client.get("/readyz")
+def test_a_low_disk_or_a_lost_spool_is_not_ready(open_api: Callable[..., Api]) -> None:
+    low = open_api("low", disk_low_bytes=1 << 62).client.get("/readyz")
     assert (low.status_code, low.json()["checks"]["disk"]["ok"]) == (503, False)
-    lost = Api(tmp_path / "lost", clock)
+    lost = open_api("lost")
     shutil.rmtree(lost.settings.spool_dir / "unfinished")
     answer = lost.client.get("/readyz")
     assert (answer.status_code, answer.json()["checks"]["spool"]["ok"]) == (503, False)
