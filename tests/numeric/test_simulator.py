@@ -89,7 +89,7 @@ def test_what_the_report_calls_the_range_of_training_is_what_the_simulator_draws
 
 def test_brain_tissue_without_vessels_lesions_or_meninges_does_not_enhance() -> None:
     phantom = head(stripped=True)
-    assert np.median(phantom.enhancement[phantom.brain]) == pytest.approx(0.0, abs=1e-3)
+    assert np.median(phantom.enhancement[phantom.brain]) == pytest.approx(0.0, abs=2e-3)  # ringing of what does
     assert (phantom.enhancement[phantom.lesion_labels > 0] > 0.01).mean() > 0.9
 
 
