@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
+from scipy import fft, ndimage
 
-from models.agents import AGENTS, BY_NAME, find_agent
-from models.condition import TRAINED
-from models.training.phantom import draw_scenario, make_phantom
-from models.training.physics import Sequence, Tissue, draw_tissue, signal, smooth_field
+from models.agents import AGENTS, BY_NAME, Agent, find_agent
+from models.condition import TRAINED, Conditions
+from models.preprocess import compare
+from models.training.phantom import (
+    B1_RANGE,
+    _defaced,
+    _spectral_window,
+    _tissue_signal,
+    draw_scenario,
+    make_phantom,
+)
+from models.training.physics import TISSUES, Sequence, Tissue, draw_tissue, signal, smooth_field
+from models.volume import Array
 from tests.numeric.phantoms import MPRAGE, head
 
 SPGR = Sequence("SPGR", 0.007, 0.003, 15.0)
@@ -110,8 +121,128 @@ def test_every_spelling_of_an_agent_finds_it_and_non_answers_find_none() -> None
         assert find_agent(text) is None
 
 
-def test_relaxivity_is_interpolated_between_field_strengths() -> None:
-    gadobutrol = BY_NAME["gadobutrol"]
-    assert gadobutrol.relaxivity_per_mm_s(1.5) == 4.6
-    assert gadobutrol.relaxivity_per_mm_s(2.25) == pytest.approx(4.55)
-    assert gadobutrol.relaxivity_per_mm_s(0.5) == 4.6
+def test_the_table_of_signals_agrees_with_the_equations_at_every_transmit_field() -> None:
+    rng = np.random.default_rng(0)
+    for name in TISSUES:
+        for _ in range(5):
+            scenario = draw_scenario(rng)
+            tissue = draw_tissue(name, scenario.field_strength_t, rng)
+            r1 = scenario.agent.relaxivity_per_mm_s(scenario.field_strength_t)
+            uptake = scenario.agent.standard_dose_mmol_per_kg / 0.1
+            b1, concentration = rng.uniform(*B1_RANGE, (8, 8, 8)), rng.uniform(0, 1, (8, 8, 8))
+            for mm in (None, concentration):
+                table = _tissue_signal(tissue, scenario, mm, uptake, r1=r1, b1=b1)
+                exact = signal(tissue, scenario.sequence, (0 if mm is None else uptake) * concentration, r1, b1)
+                assert np.abs(table - exact).max() < 1e-3  # of the receiver's M0
+
+
+def cut(image: Array, axis: int) -> tuple[int, float]:
+    """Frequency where the spectrum along an axis ends most abruptly, and by how many powers of ten."""
+    taper = np.hanning(image.shape[axis]).reshape([-1 if other == axis else 1 for other in range(3)])
+    others = tuple(other for other in range(3) if other != axis)
+    power = np.log10((np.abs(np.fft.rfft(image * taper, axis=axis)) ** 2).mean(others))
+    drop = power[20:-2] - power[22:]
+    return 20 + int(np.argmax(drop)), float(drop.max())
+
+
+def test_truth_and_images_pass_through_the_same_window() -> None:
+    scenario = replace(draw_scenario(np.random.default_rng(0)), sigma=1e-7, stripped=False)
+    phantom = make_phantom(0, shape=(64, 64, 64), scenario=scenario)  # a study whose k-space ends early
+    for axis in (1, 2):
+        (seen, seen_drop), (true, true_drop) = cut(phantom.pre, axis), cut(phantom.enhancement, axis)
+        assert min(seen_drop, true_drop) > 3
+        assert abs(seen - true) <= 1
+
+
+def test_half_of_all_studies_ring_at_edges_and_none_changes_its_mean() -> None:
+    step = np.zeros((64, 8, 8))
+    step[16:48] = 1.0
+    peaks = []
+    for seed in range(60):
+        window = _spectral_window(step.shape, np.random.default_rng(seed))
+        seen = fft.irfftn(fft.rfftn(step) * window, step.shape)
+        assert seen.mean() == pytest.approx(0.5)
+        peaks.append(float(seen.max()))
+    assert 0.3 < np.mean(np.array(peaks) > 1.02) < 0.7
+    assert max(peaks) < 1.09  # Gibbs' own overshoot, without the soft window
+
+
+def test_a_defaced_head_keeps_its_brain() -> None:
+    brain = np.zeros((40, 40, 40), bool)
+    brain[12:28, 12:28, 12:28] = True
+    kept = [_defaced(brain, np.random.default_rng(seed)) for seed in range(10)]
+    assert all(mask[brain].all() for mask in kept)
+    assert all(0.3 < mask.mean() < 0.9 for mask in kept)
+
+
+@pytest.mark.parametrize("shift_mm", [(0.3, 0.0, 0.0), (0.0, 0.3, 0.0), (0.0, 0.0, -0.3)], ids=["k", "j", "i"])
+def test_residual_motion_is_mostly_taken_out_and_a_lesion_keeps_its_enhancement(
+    shift_mm: tuple[float, float, float],
+) -> None:
+    rng = np.random.default_rng(1)
+    scenario = replace(head(stripped=True).scenario, spacing_mm=(1.0, 1.0, 1.0), sigma=1e-5, lesions=0)
+    phantom = make_phantom(7, shape=(64, 64, 64), scenario=scenario)
+    at = np.indices(phantom.brain.shape) - np.array([42, 42, 40])[:, None, None, None]
+    distance = np.sqrt((at**2).sum(axis=0))
+    lesion = np.clip(6.5 - distance, 0, 1) * 0.4  # 12 mm across
+    moved = ndimage.shift(phantom.pre + lesion, shift_mm, order=3, mode="nearest")
+    pre, low = (x + rng.normal(0, 0.003, moved.shape).astype(np.float32) for x in (phantom.pre, moved))
+    seen = compare(pre, low, phantom.brain, (1.0, 1.0, 1.0))
+    before, quiet = seen.gain * seen.gain_field * low - pre, phantom.brain & (distance > 12)
+    left, was = (np.mean(ndimage.gaussian_filter(x, 0.7)[quiet] ** 2) for x in (seen.subtraction, before))
+    assert left < 0.25 * was
+    assert 0.15 < seen.motion_mm < 0.45
+    assert seen.subtraction[lesion > 0].mean() == pytest.approx(lesion[lesion > 0].mean(), rel=0.03)
+
+
+@pytest.mark.parametrize("agent", AGENTS, ids=[agent.name for agent in AGENTS])
+def test_relaxivity_is_tabulated_at_field_strengths_and_linear_between_them(agent: Agent) -> None:
+    for field, r1 in agent.r1_per_mm_s:
+        assert agent.relaxivity_per_mm_s(field) == r1
+    for (low, at_low), (high, at_high) in pairwise(agent.r1_per_mm_s):
+        assert agent.relaxivity_per_mm_s(low + 0.25 * (high - low)) == pytest.approx(0.75 * at_low + 0.25 * at_high)
+    assert agent.relaxivity_per_mm_s(0.5) == agent.r1_per_mm_s[0][1]
+    assert agent.relaxivity_per_mm_s(9.4) == agent.r1_per_mm_s[-1][1]
+
+
+# r1 at 1.5, 3 and 7 T in whole blood at 37 C (Shen et al. 2015), mmol/mL and mmol/kg of the labels.
+PUBLISHED = {
+    "gadobutrol": ((4.6, 4.5, 4.2), 1.0, 0.1),
+    "gadoterate": ((3.9, 3.4, 2.8), 0.5, 0.1),
+    "gadoteridol": ((4.4, 3.5, 3.4), 0.5, 0.1),
+    "gadopentetate": ((4.3, 3.8, 3.1), 0.5, 0.1),
+    "gadobenate": ((6.2, 5.4, 4.7), 0.5, 0.1),
+    "gadodiamide": ((4.5, 3.9, 3.7), 0.5, 0.1),
+    "gadoversetamide": ((4.4, 4.2, 4.3), 0.5, 0.1),
+    "gadoxetate": ((7.2, 5.5, 4.9), 0.25, 0.025),
+    "gadopiclenol": ((12.8, 11.6, 11.6), 0.5, 0.05),  # plasma; nothing is published at 7 T
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_relaxivity_concentration_and_standard_dose_are_as_published(name: str) -> None:
+    r1, concentration, dose = PUBLISHED[name]
+    agent = BY_NAME[name]
+    assert tuple(agent.relaxivity_per_mm_s(field) for field in (1.5, 3.0, 7.0)) == r1
+    assert (agent.concentration_mmol_per_ml, agent.standard_dose_mmol_per_kg) == (concentration, dose)
+    assert len(PUBLISHED) == len(AGENTS)
+
+
+@pytest.mark.parametrize("agent", AGENTS, ids=[agent.name for agent in AGENTS])
+def test_the_standard_dose_of_an_agent_is_a_tenth_of_a_millilitre_per_kilogram_or_two(agent: Agent) -> None:
+    assert agent.standard_dose_mmol_per_kg / agent.concentration_mmol_per_ml == pytest.approx(0.1, rel=1e-9) or (
+        agent.standard_dose_mmol_per_kg / agent.concentration_mmol_per_ml == pytest.approx(0.2, rel=1e-9)
+    )
+
+
+@pytest.mark.parametrize(("name", "dose"), [("gadobutrol", 0.033), ("gadopiclenol", 0.0165), ("gadoxetate", 0.00825)])
+def test_a_third_of_the_standard_dose_is_a_third_for_every_agent(name: str, dose: float) -> None:
+    made = Conditions(3.0, name, dose, "MPRAGE", 0.03, (1.0, 1.0, 1.0))
+    assert made.dose_fraction == pytest.approx(0.33)
+
+
+def test_a_field_strength_near_three_tesla_has_a_relaxivity_near_that_at_three_tesla() -> None:
+    for agent in AGENTS:  # 2.89 T is what some 3 T scanners state
+        at_3 = agent.relaxivity_per_mm_s(3.0)
+        assert agent.relaxivity_per_mm_s(2.89) == pytest.approx(at_3, rel=0.03)
+        assert agent.relaxivity_per_mm_s(1.494) == agent.relaxivity_per_mm_s(1.5)
