@@ -1,7 +1,8 @@
 """The model card: what a model folder holds, how it was made, and whether it may be loaded.
 
-Hides the file format (card.toml beside model.onnx). Must never accept a model whose digest, opset or contract version
-differs from what its card says, nor a card that does not say what the model was trained on.
+Hides the file format: card.toml beside model.onnx and, where it was exported, model-fp16.onnx. Must never accept a
+network whose digest, opset or contract version differs from what its card says, nor a card that does not say what the
+model was trained on.
 """
 
 from __future__ import annotations
@@ -43,27 +44,48 @@ class Card:
     stride: int  # volumes are padded to multiples of this
     limits: tuple[str, ...]
     folder: Path
+    parity: float | None = (
+        None  # largest difference of model.onnx from torch in fp32, white matter = 1; None: not stated
+    )
+    sha256_fp16: str | None = None  # of model-fp16.onnx: weights and activations fp16, inputs, outputs and bound fp32
+    parity_fp16: float | None = None  # its largest difference from torch in fp32, measured on the CPU
 
     @property
     def model_path(self) -> Path:
-        """The network beside the card."""
+        """The fp32 network beside the card."""
         return self.folder / "model.onnx"
+
+    @property
+    def networks(self) -> dict[str, tuple[Path, str]]:
+        """Precision to file and SHA-256: fp32 always, fp16 where the card offers it."""
+        offered = {"fp32": (self.model_path, self.sha256)}
+        if self.sha256_fp16 is not None:
+            offered["fp16"] = (self.folder / "model-fp16.onnx", self.sha256_fp16)
+        return offered
 
 
 def read_card(folder: Path) -> Card:
     """Read and check a model folder.
 
     Raises:
-        ModelError: a file is missing or unreadable, the digest of model.onnx differs, or the contract is another one.
+        ModelError: a file is missing or unreadable, the card does not say what the model was trained on, the digest of
+            a network differs, or the contract is another one.
     """
     try:
         values: dict[str, Any] = tomllib.loads((folder / "card.toml").read_text(encoding="utf-8"))
         card = Card(**{**values, "limits": tuple(values.get("limits", ()))}, folder=folder)
-        digest = hashlib.sha256(card.model_path.read_bytes()).hexdigest()
+        found = {path.name: (_digest(path), said) for path, said in card.networks.values()}
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError) as error:
         raise ModelError(f"model folder {folder.name!r} is incomplete: {type(error).__name__}") from error
-    if digest != card.sha256:
-        raise ModelError(f"model {card.id}: model.onnx has SHA-256 {digest[:12]}, the card says {card.sha256[:12]}")
+    if not card.training_data.strip():
+        raise ModelError(f"model {card.id}: the card does not say what it was trained on")
+    for name, (digest, said) in found.items():
+        if digest != said:
+            raise ModelError(f"model {card.id}: {name} has SHA-256 {digest[:12]}, the card says {said[:12]}")
     if card.contract != CONTRACT_VERSION:
         raise ModelError(f"model {card.id}: made for contract {card.contract}, this is {CONTRACT_VERSION}")
     return card
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

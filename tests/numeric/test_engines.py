@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from models.card import DEFAULT_MODEL, ZOO, ModelError, read_card
 from models.condition import DOSE_INDEX, HEADROOM, NAMES, UNKNOWN_DOSE_FRACTION, Conditions, vector
 from models.preprocess import prepare
 from models.quality import Verdict, judge_conditions, judge_order, judge_pair
-from models.runtime import LinearEngine, NetworkEngine, OutputError, Progress, UnknownDoseError
+from models.runtime import CUDA, LinearEngine, NetworkEngine, OutputError, Progress, UnknownDoseError, choose_precision
 from models.volume import Array
 from tests.numeric.phantoms import as_volume, head
 
@@ -182,21 +184,109 @@ def test_a_model_of_another_contract_or_opset_is_refused(model_copy: Path, old: 
         NetworkEngine(model_copy)
 
 
+@pytest.mark.parametrize("name", ["contract", "opset"])
+@pytest.mark.parametrize("value", ["2", None], ids=["another", "none"])
+def test_a_network_that_says_another_contract_or_opset_than_its_card_is_refused(
+    model_copy: Path, name: str, value: str | None
+) -> None:
+    import onnx
+
+    network = onnx.load(model_copy / "model.onnx")
+    said = {one.key: one.value for one in network.metadata_props} | {name: value}
+    onnx.helper.set_model_props(network, {key: text for key, text in said.items() if text is not None})
+    onnx.save(network, model_copy / "model.onnx")
+    sign(model_copy)
+    with pytest.raises(ModelError, match=f"{name} is {value}"):
+        NetworkEngine(model_copy)
+
+
 def test_a_folder_without_a_card_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="incomplete"):
         NetworkEngine(tmp_path)
 
 
-def test_what_is_not_a_network_is_refused(model_copy: Path) -> None:
-    import hashlib
+def test_a_card_without_its_network_is_refused(model_copy: Path) -> None:
+    (model_copy / "model.onnx").unlink()
+    with pytest.raises(ModelError, match="incomplete"):
+        read_card(model_copy)
 
+
+@pytest.mark.parametrize(
+    "card",
+    [b"id = ", b"\xff\xfe", b'id = "a"\n', (MODEL / "card.toml").read_bytes() + b"another = 1\n"],
+    ids=["no TOML", "no UTF-8", "too few fields", "an unknown field"],
+)
+def test_a_card_that_cannot_be_read_is_refused(model_copy: Path, card: bytes) -> None:
+    (model_copy / "card.toml").write_bytes(card)
+    with pytest.raises(ModelError, match="incomplete"):
+        read_card(model_copy)
+
+
+def test_a_card_that_does_not_say_what_the_model_was_trained_on_is_refused(model_copy: Path) -> None:
+    path = model_copy / "card.toml"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join('training_data = " "\n' if line.startswith("training_data") else line for line in lines))
+    with pytest.raises(ModelError, match="trained on"):
+        read_card(model_copy)
+    path.write_text("".join(line for line in lines if not line.startswith("training_data")))
+    with pytest.raises(ModelError, match="incomplete"):
+        read_card(model_copy)
+
+
+@pytest.fixture
+def half_copy(model_copy: Path) -> Path:
+    """The bundled model with a half-precision network beside it."""
+    import onnx
+
+    from models.training.export import halved
+
+    (model_copy / "model-fp16.onnx").write_bytes(halved(onnx.load(model_copy / "model.onnx")).SerializeToString())
+    digest = hashlib.sha256((model_copy / "model-fp16.onnx").read_bytes()).hexdigest()
+    lines = [
+        line
+        for line in (model_copy / "card.toml").read_text().splitlines()
+        if not line.startswith(("sha256_fp16", "parity_fp16"))
+    ]
+    (model_copy / "card.toml").write_text("\n".join([*lines, f'sha256_fp16 = "{digest}"', "parity_fp16 = 0.001", ""]))
+    return model_copy
+
+
+def test_an_altered_or_missing_half_precision_network_is_refused_where_the_card_offers_one(half_copy: Path) -> None:
+    path = half_copy / "model-fp16.onnx"
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    with pytest.raises(ModelError, match=r"model-fp16.onnx has SHA-256"):
+        read_card(half_copy)
+    path.unlink()
+    with pytest.raises(ModelError, match="incomplete"):
+        read_card(half_copy)
+
+
+def test_half_precision_is_chosen_only_under_cuda_and_only_where_the_card_offers_it(half_copy: Path) -> None:
+    offers = read_card(half_copy)
+    offers_none = replace(offers, sha256_fp16=None)
+    assert choose_precision(offers, CUDA) == "fp16"
+    assert choose_precision(offers, "CPUExecutionProvider") == "fp32"
+    assert choose_precision(offers_none, CUDA) == "fp32"
+
+
+def test_the_digest_of_an_engine_is_that_of_the_network_it_runs(half_copy: Path) -> None:
+    engine = NetworkEngine(half_copy, threads=1)
+    path, digest = engine.card.networks[engine.precision]
+    assert engine.precision == choose_precision(engine.card, engine.provider)
+    assert engine.digest == digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert len({digest for _, digest in engine.card.networks.values()}) == 2
+
+
+def test_what_is_not_a_network_is_refused(model_copy: Path) -> None:
     (model_copy / "model.onnx").write_bytes(b"nothing")
-    text = (model_copy / "card.toml").read_text()
-    digest = read_digest(text)
-    (model_copy / "card.toml").write_text(text.replace(digest, hashlib.sha256(b"nothing").hexdigest()))
+    sign(model_copy)
     with pytest.raises(ModelError, match="cannot load"):
         NetworkEngine(model_copy)
 
 
-def read_digest(card: str) -> str:
-    return next(line.split('"')[1] for line in card.splitlines() if line.startswith("sha256"))
+def sign(folder: Path) -> None:
+    """Let the card state the digest of the network as it is."""
+    digest = hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest()
+    lines = (folder / "card.toml").read_text().splitlines(keepends=True)
+    signed = [f'sha256 = "{digest}"\n' if line.startswith("sha256 ") else line for line in lines]
+    (folder / "card.toml").write_text("".join(signed))

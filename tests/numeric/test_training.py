@@ -7,16 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
+from models.card import ModelError, read_card
 from models.condition import NAMES
-from models.runtime import NetworkEngine
+from models.runtime import NetworkEngine, upper_bound
+from models.training.curves import draw_curves
 from models.training.evaluate import TEST_SEED, held_out, interval, score
-from models.training.export import export, load_network
+from models.training.export import TOLERANCE, ParityError, export, load_network
 from models.training.network import VARIANTS, Network
 from models.training.samples import QUIET, draw_patch, make_sample, quiet_brain
 from models.training.train import FALSE_WEIGHT, LAST_SEED, PRESETS, TRAIN_SEED, VALIDATION_SEED, loss, train
+from models.volume import Array
 
 TINY = replace(PRESETS["smoke"], steps=2)
 
@@ -51,6 +55,115 @@ def test_an_exported_network_agrees_with_torch_on_a_size_it_was_not_traced_with(
         expected = network(torch.from_numpy(images)[None], torch.from_numpy(condition)[None])[0, 0].numpy()
     assert difference < 1e-4
     assert np.abs(engine.run(images, condition) - expected).max() < 1e-4
+
+
+def random_checkpoint(path: Path, spread: float = 1.0, **config: str) -> Path:
+    """A checkpoint of a network that does something everywhere, without training it."""
+    torch.manual_seed(0)
+    network = Network(VARIANTS["small"])
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.03 * torch.randn_like(parameter)).mul_(spread)
+    stated = {"variant": "small", "seed": 1, **config}
+    torch.save({"config": stated, "step": 7, "average": network.state_dict()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with both precisions."""
+    folder = tmp_path_factory.mktemp("both")
+    export(random_checkpoint(folder / "checkpoint.pt"), folder, model_id="both", preset="none", half=True)
+    return folder
+
+
+def predict(path: Path, images: Array, condition: Array) -> Array:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert {one.type for one in (*session.get_inputs(), *session.get_outputs())} == {"tensor(float)"}
+    signal: Array = session.run(["signal"], {"images": images[None], "condition": condition[None]})[0][0, 0]
+    return signal
+
+
+def test_the_half_precision_network_agrees_with_torch_as_its_card_says(both: Path) -> None:
+    card = read_card(both)
+    network, _ = load_network(both / "checkpoint.pt")
+    rng = np.random.default_rng(5)
+    images = rng.normal(0.1, 0.3, (3, 12, 20, 16)).astype(np.float32)
+    condition = rng.normal(0, 0.5, len(NAMES)).astype(np.float32)
+    with torch.no_grad():
+        expected = network(torch.from_numpy(images)[None], torch.from_numpy(condition)[None])[0, 0].numpy()
+    half, full = (predict(card.networks[name][0], images, condition) for name in ("fp16", "fp32"))
+    assert card.parity is not None
+    assert card.parity_fp16 is not None
+    assert card.parity <= TOLERANCE["fp32"]
+    assert card.parity < card.parity_fp16 <= TOLERANCE["fp16"]
+    assert 0 < np.abs(half - expected).max() < TOLERANCE["fp16"]
+    assert np.abs(full - expected).max() < TOLERANCE["fp32"]
+
+
+def test_the_half_precision_network_is_half_as_large_and_keeps_the_bound_exactly(both: Path) -> None:
+    card = read_card(both)
+    full, half = (path.stat().st_size for path, _ in card.networks.values())
+    assert half < 0.6 * full
+    rng = np.random.default_rng(6)
+    images = rng.normal(-0.1, 0.5, (3, 12, 20, 16)).astype(np.float32)
+    images[1] *= 100
+    condition = np.zeros(len(NAMES), np.float32)  # dose unknown
+    signal = predict(card.networks["fp16"][0], images, condition)
+    bound = (upper_bound(images[0], None) - np.float32(1e-3)) / np.float32(1.001)  # without its margin
+    assert signal.min() >= 0
+    assert (signal <= bound * (1 + 1e-6) + 1e-6).all()
+
+
+def test_exporting_again_without_half_precision_leaves_none_behind(tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(tmp_path / "checkpoint.pt")
+    for half in (True, False):
+        export(checkpoint, tmp_path / "model", model_id="test", preset="none", half=half)
+        assert ("fp16" in read_card(tmp_path / "model").networks) is half
+        assert (tmp_path / "model" / "model-fp16.onnx").exists() is half
+
+
+@pytest.mark.parametrize(("spread", "half"), [(1e4, True), (1e12, False)], ids=["fp16", "fp32"])
+def test_a_network_that_differs_from_torch_gets_no_card(tmp_path: Path, spread: float, half: bool) -> None:
+    checkpoint = random_checkpoint(tmp_path / "checkpoint.pt", spread)
+    with pytest.raises(ParityError, match="differ"):
+        export(checkpoint, tmp_path, model_id="test", preset="none", half=half)
+    with pytest.raises(ModelError, match="incomplete"):
+        read_card(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("data", "starts", "holds"),
+    [
+        (None, "simulated: ICBM 152", "simulated studies"),
+        ("simulated", "simulated: ICBM 152", "simulated studies"),
+        ("site: 12 studies", "site: 12 studies", "one site's own studies"),
+        ("site: 12 studies, started from weights of: simulated", "site: 12 studies, started", "one site's own studies"),
+    ],
+)
+def test_the_card_says_what_the_checkpoint_was_trained_on(
+    tmp_path: Path, data: str | None, starts: str, holds: str
+) -> None:
+    checkpoint = random_checkpoint(tmp_path / "checkpoint.pt", **({} if data is None else {"data": data}))
+    export(checkpoint, tmp_path, model_id="test", preset="none")
+    card = read_card(tmp_path)
+    assert card.training_data.startswith(starts)
+    assert ("ICBM" in card.training_data) is ("site" not in starts or "started" in starts)
+    assert any(holds in limit for limit in card.limits)
+    assert ("simulated" in card.intended_use) is ("site" not in starts)
+
+
+def test_the_curves_of_a_run_are_drawn_from_its_log(tmp_path: Path) -> None:
+    log, out = tmp_path / "log.csv", tmp_path / "curves.png"
+    log.write_text("step,loss,minutes,ce_error,slope,false_per_ml\n2,0.3,0.1,nan,nan,nan\n4,0.2,0.2,0.1,0.9,3\n")
+    draw_curves(log, out)
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_log_without_rows_has_no_curves(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("step,loss\n")
+    with pytest.raises(ValueError, match="no rows"):
+        draw_curves(tmp_path / "log.csv", tmp_path / "curves.png")
 
 
 def test_an_untrained_network_amplifies_what_is_clear_and_nothing_else() -> None:
