@@ -237,17 +237,27 @@ def demo(out: Path) -> None:
 @click.option("--steps", type=click.IntRange(1), help="Other than the preset's; may grow when a run goes on")
 @click.option("--out", type=FOLDER, required=True, help="Folder of the run; an earlier part of it is gone on with")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes that simulate")
-def train(preset: str, steps: int | None, out: Path, workers: int) -> None:
-    """Train a network on simulated studies (needs the extra `train`)."""
+@click.option(
+    "--data", type=STUDY, help="Studies of your own, each with pre/, low/ and standard/, instead of simulated ones"
+)
+@click.option("--start", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Checkpoint to fine-tune")
+def train(preset: str, steps: int | None, out: Path, workers: int, *, data: Path | None, start: Path | None) -> None:
+    """Train a network on simulated studies, or on your own (needs the extra `train`)."""
     from dataclasses import replace
 
+    from models.training.site import hold_out
     from models.training.train import PRESETS
     from models.training.train import train as run_training
+    from worker.triplets import read_triplets
 
     if preset not in PRESETS:
         raise click.BadParameter(f"known presets: {', '.join(PRESETS)}", param_hint="--preset")
     config = replace(PRESETS[preset], steps=steps) if steps else PRESETS[preset]
-    run_training(config, out, workers=workers, report=click.echo)
+    try:
+        source = hold_out(read_triplets(data, click.echo).blocks, config.seed) if data else None
+        run_training(config, out, workers=workers, report=click.echo, source=source, start=start)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
 
 
 @main.command()

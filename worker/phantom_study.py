@@ -30,24 +30,28 @@ class _SeriesPlan:
     description: str
     time: str
     voxels: Array
-    contrast: bool
+    dose_mmol_per_kg: float | None = None  # None before contrast
 
 
-def write_phantom_study(phantom: Phantom, seed: int, folder: Path) -> int:
-    """Write `pre/*.dcm` and `low/*.dcm` (axial, 16 bit), and the truth beside them as `truth.npz`.
+def write_phantom_study(phantom: Phantom, seed: int, folder: Path, standard: Phantom | None = None) -> int:
+    """Write `pre/*.dcm`, `low/*.dcm` and perhaps `standard/*.dcm` (axial, 16 bit), and the truth as `truth.npz`.
 
     Args:
         phantom: arrays (k, j, i), k along +z.
         seed: that made it; identifies the study.
         folder: created.
+        standard: the same head at another dose, whose post-contrast image becomes the series of the standard dose.
 
     Returns:
         Number of instances.
     """
     plans = {
-        "pre": _SeriesPlan(2, "T1 3D pre", "100000", phantom.pre, contrast=False),
-        "low": _SeriesPlan(5, "T1 3D post Gd low dose", "100900", phantom.low, contrast=True),
+        "pre": _SeriesPlan(2, "T1 3D pre", "100000", phantom.pre),
+        "low": _SeriesPlan(5, "T1 3D post Gd low dose", "100900", phantom.low, phantom.scenario.dose_mmol_per_kg),
     }
+    if standard:
+        dose = standard.scenario.dose_mmol_per_kg
+        plans["standard"] = _SeriesPlan(8, "T1 3D post Gd standard dose", "101900", standard.low, dose)
     written = 0
     for name, plan in plans.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -80,8 +84,8 @@ def _instance(phantom: Phantom, seed: int, plan: _SeriesPlan, index: int) -> Dat
     _describe_study(out, seed)
     _describe_series(out, seed, plan)
     _describe_acquisition(out, phantom.scenario)
-    if plan.contrast:
-        _describe_contrast(out, phantom.scenario.agent, phantom.scenario.dose_mmol_per_kg)
+    if plan.dose_mmol_per_kg is not None:
+        _describe_contrast(out, phantom.scenario.agent, plan.dose_mmol_per_kg)
     _describe_image(out, phantom.scenario, plan.voxels, index)
     return out
 

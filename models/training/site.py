@@ -1,0 +1,156 @@
+"""Training blocks from a site's own studies: what a real standard-dose image says that the low dose should have shown.
+
+Hides the target of the paper (arXiv 2403.03539): the subtraction of the standard dose, kept where it stands out of the
+local noise, y = p max(z, 0). Differently from the reference code, the noise is that of an untruncated distribution
+followed to where it is stronger than elsewhere, and a voxel is judged together with its neighbours. Must never mix
+studies of training and validation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from math import log
+
+import numpy as np
+from scipy import ndimage
+
+from models.condition import Conditions, vector
+from models.preprocess import Comparison, Prepared, local_statistics
+from models.training.samples import Block, quiet_brain
+from models.volume import Array, Mask
+
+SLOPE, EVEN_T = 2 * log(99) / 3, 2.5  # of the logit of p, and the t at which p = 0.5: p(1) = 0.01, p(4) = 0.99
+OWN_WEIGHT = 0.5  # of a voxel in its joint t; its 26 neighbours share the rest
+FEWEST = 50  # enhancing voxels of a usable standard dose: vessels alone are more
+LEAST_BRAIN = 0.03  # of a block worth validating
+
+
+class TripletError(ValueError):
+    """The standard-dose image is no truth for the low-dose image."""
+
+
+@dataclass(frozen=True)
+class SiteData:
+    """A site's studies, one block for each: those to train on, and the one that is held out."""
+
+    training: tuple[Block, ...]
+    validation: Block
+
+    @property
+    def summary(self) -> str:
+        """What a model card says of the data."""
+        count = len(self.training)
+        return f"site: {count} {'study' if count == 1 else 'studies'}"
+
+
+def hold_out(studies: Sequence[Block], seed: int) -> SiteData:
+    """Keep the first study of a seeded shuffle for validation.
+
+    Raises:
+        ValueError: there are fewer than two.
+    """
+    if len(studies) < 2:
+        raise ValueError(
+            f"at least two usable studies are needed, one of them for validation; there are {len(studies)}"
+        )
+    order = np.random.default_rng(seed).permutation(len(studies))
+    return SiteData(tuple(studies[n] for n in order[1:]), studies[order[0]])
+
+
+def make_block(low: Prepared, standard: Prepared, conditions: Conditions) -> Block:
+    """The whole working grid of a study as one training block.
+
+    Args:
+        low: pre-contrast and low dose.
+        standard: the same pre-contrast and standard dose.
+        conditions: of the low dose.
+
+    Raises:
+        TripletError: the two pairs lie on different grids, or the standard dose shows no more than the low dose.
+    """
+    brain, spacing_mm = low.brain, low.pre.spacing_mm
+    if brain.shape != standard.brain.shape or not np.allclose(low.pre.affine, standard.pre.affine):
+        raise TripletError("the two pairs lie on different grids")
+    _refuse_less_contrast(low.comparison, standard.comparison, brain, spacing_mm)
+    truth = target(standard.comparison.subtraction, brain, spacing_mm)
+    seen = low.comparison
+    return Block(
+        np.stack([seen.subtraction, low.pre.voxels, seen.sigma_map]).astype(np.float16),
+        truth.astype(np.float16),
+        brain,
+        quiet_brain(truth, brain, spacing_mm),
+        vector(conditions),
+    )
+
+
+def _refuse_less_contrast(
+    low: Comparison, standard: Comparison, brain: Mask, spacing_mm: tuple[float, float, float]
+) -> None:
+    enhancing = brain & (enhancement_chance(standard.subtraction, brain, spacing_mm) > 0.5)
+    if enhancing.sum() < FEWEST:
+        raise TripletError(f"only {enhancing.sum()} voxels of the standard dose enhance")
+    ratio = float(low.subtraction[enhancing].mean() / standard.subtraction[enhancing].mean())
+    if ratio > 1:
+        raise TripletError(f"the low dose enhances {ratio:.2f} times as much as the standard dose")
+
+
+def target(subtraction: Array, brain: Mask, spacing_mm: tuple[float, float, float]) -> Array:
+    """The target y = p max(z, 0) of a standard-dose subtraction z, (k, j, i) float32 in units of white matter."""
+    y: Array = enhancement_chance(subtraction, brain, spacing_mm) * np.maximum(subtraction, 0)
+    return y
+
+
+def enhancement_chance(subtraction: Array, brain: Mask, spacing_mm: tuple[float, float, float]) -> Array:
+    """The chance p = sigmoid(w t + b) that a voxel enhances; p(1) = 0.01, p(2.5) = 0.5, p(4) = 0.99.
+
+    t = (z - mean) / std of the subtraction z, with local mean and noise, is judged jointly over 3^3 voxels.
+
+    Its weights sum to one: a region that enhances evenly by t keeps p(t) exactly, whatever its noise,
+    and only what noise does to single voxels shrinks (to about half).
+    """
+    mean, std = _plain_tissue(subtraction, brain, spacing_mm)
+    t = (subtraction - mean) / np.maximum(std, 1e-6)
+    others = (27 * ndimage.uniform_filter(t, 3) - t) / 26
+    joint = OWN_WEIGHT * t + (1 - OWN_WEIGHT) * others
+    chance: Array = 1 / (1 + np.exp(np.clip(SLOPE * (EVEN_T - joint), -50, 50)))
+    return chance.astype(np.float32)
+
+
+def _plain_tissue(subtraction: Array, brain: Mask, spacing_mm: tuple[float, float, float]) -> tuple[Array, Array]:
+    """Local mean and noise of what does not enhance.
+
+    Six rounds from one limit for all: with that alone, noise of twice the average would be cut off at one standard
+    deviation and read as 0.6 of what it is. Each round halves what is missing.
+    """
+    inside = subtraction[brain]
+    sigma: Array | float = 1.4826 * float(np.median(np.abs(inside - np.median(inside)))) + 1e-6
+    for _ in range(6):
+        mean, sigma = local_statistics(subtraction, brain, spacing_mm, sigma)
+    return mean, np.asarray(sigma)
+
+
+def padded(block: Block, size: int) -> Block:
+    """The block with its edges repeated where a side is shorter than `size`."""
+    missing = [max(0, size - n) for n in block.brain.shape]
+    if not any(missing):
+        return block
+    sides = [(n // 2, n - n // 2) for n in missing]
+    grown = {name: np.pad(getattr(block, name), sides, mode="edge") for name in ("truth", "brain", "quiet")}
+    return replace(block, images=np.pad(block.images, [(0, 0), *sides], mode="edge"), **grown)
+
+
+def cut(block: Block, side: int, stride: int) -> Iterator[Block]:
+    """Blocks of at most `side` voxels, their sides multiples of `stride`, that together cover the brain."""
+    whole = padded(block, stride)
+    corners, sizes = [], []
+    for n in whole.brain.shape:
+        size = min(side, n // stride * stride)
+        sizes.append(size)
+        corners.append(np.unique(np.linspace(0, n - size, -(-n // size)).astype(int)))
+    for corner in product(*corners):
+        box = tuple(slice(c, c + size) for c, size in zip(corner, sizes, strict=True))
+        if whole.brain[box].mean() >= LEAST_BRAIN:
+            regions = {name: getattr(whole, name)[box] for name in ("truth", "brain", "quiet")}
+            yield replace(whole, images=whole.images[:, *box], **regions)

@@ -1,0 +1,209 @@
+"""Training on a site's own triplets: the target, the layout, and the way from DICOM to a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from pydicom import dcmread
+
+import lowgad
+from models.agents import BY_NAME
+from models.condition import NAMES
+from models.training.network import VARIANTS, Network
+from models.training.phantom import Scenario, make_phantom
+from models.training.samples import Block, draw_patch, sample_of
+from models.training.site import cut, enhancement_chance, hold_out, padded, target
+from models.training.train import PRESETS, train
+from models.volume import Array, Mask
+from service.core.errors import Permanent, Reason
+from tests.numeric.phantoms import MPRAGE
+from worker.phantom_study import write_phantom_study
+from worker.triplets import read_triplet, read_triplets
+
+UNIT = (1.0, 1.0, 1.0)
+
+
+def noise(sigma: float | Array, side: int = 64) -> tuple[Array, Mask]:
+    voxels = np.random.default_rng(0).normal(0, 1, (side, side, side)) * sigma
+    return voxels.astype(np.float32), np.ones((side,) * 3, bool)
+
+
+@pytest.mark.parametrize(("t", "expected"), [(1.0, 0.01), (2.5, 0.5), (4.0, 0.99)])
+def test_a_region_that_enhances_evenly_has_the_chance_that_its_t_stands_for(t: float, expected: float) -> None:
+    z, brain = noise(0.04)
+    z[28:36, 28:36, 28:36] = t * 0.04
+    chance = enhancement_chance(z, brain, UNIT)
+    assert chance[30:34, 30:34, 30:34].mean() == pytest.approx(expected, rel=0.35, abs=0.05)
+
+
+def test_noise_that_is_doubled_in_places_is_measured_as_doubled() -> None:
+    growing = np.linspace(0.02, 0.06, 64, dtype=np.float32)[:, None, None] * np.ones((64, 64, 64), np.float32)
+    z, brain = noise(growing)
+    z[50:56, 28:36, 28:36] = 2.5 * growing[50:56, 28:36, 28:36]
+    assert enhancement_chance(z, brain, UNIT)[51:55, 30:34, 30:34].mean() == pytest.approx(0.5, abs=0.15)
+
+
+def test_a_standard_dose_of_noise_alone_gives_almost_no_target() -> None:
+    z, brain = noise(0.04)
+    y = target(z, brain, UNIT)
+    assert (enhancement_chance(z, brain, UNIT) > 0.5).mean() < 1e-5  # 6e-3 without the neighbours
+    assert y.mean() < 0.01 * np.maximum(z, 0).mean()
+
+
+def test_a_bright_lesion_of_one_voxel_is_kept() -> None:
+    z, brain = noise(0.04)
+    z[32, 32, 32] = 0.4
+    assert target(z, brain, UNIT)[32, 32, 32] > 0.39
+
+
+def scenario(dose_fraction: float, spacing_mm: float = 1.0) -> Scenario:
+    agent = BY_NAME["gadobutrol"]
+    return Scenario(3.0, agent, dose_fraction, MPRAGE, (spacing_mm,) * 3, 0.02, stripped=True, lesions=6)
+
+
+def test_the_target_recovers_the_true_enhancement_of_a_phantom_to_one_per_cent_and_one_tenth_of_the_noise() -> None:
+    sample = sample_of(make_phantom(4, shape=(64, 72, 64), scenario=scenario(1.0)))
+    truth = sample.truth.astype(np.float32)
+    z = truth + np.random.default_rng(0).normal(0, 0.03, truth.shape).astype(np.float32)
+    y = target(z, sample.brain, sample.spacing_mm)
+    enhancing = sample.brain & (truth > 0.1)
+    assert np.polyfit(truth[enhancing], y[enhancing], 1)[0] == pytest.approx(1.0, abs=0.01)
+    assert np.abs(y - truth)[enhancing].mean() < 1.1 * np.abs(z - truth)[enhancing].mean()
+    assert np.abs(y - truth)[sample.quiet].mean() < 0.1 * np.abs(z - truth)[sample.quiet].mean()
+
+
+def test_after_a_scan_the_target_is_as_true_as_the_subtraction_and_quiet_where_that_is_not() -> None:
+    sample = sample_of(make_phantom(5, shape=(64, 72, 64), scenario=scenario(1.0)))
+    z, truth = sample.images[0].astype(np.float32), sample.truth.astype(np.float32)
+    y = target(z, sample.brain, sample.spacing_mm)
+    enhancing = sample.brain & (truth > 0.1)
+    slopes = [np.polyfit(truth[enhancing], image[enhancing], 1)[0] for image in (y, z)]
+    assert slopes[0] == pytest.approx(slopes[1], abs=0.02)  # what is missing from 1 is residual motion
+    assert np.abs(y - truth)[enhancing].mean() < 1.1 * np.abs(z - truth)[enhancing].mean()
+    assert np.abs(y - truth)[sample.quiet].mean() < 0.1 * np.abs(z - truth)[sample.quiet].mean()
+
+
+def test_a_block_smaller_than_a_patch_is_padded_and_one_larger_is_cut_to_cover_the_brain() -> None:
+    block = sample_of(make_phantom(4, shape=(20, 42, 50), scenario=scenario(1.0)))
+    images, targets, _ = draw_patch(padded(block, 48), 48, np.random.default_rng(0))
+    assert images.shape == targets.shape == (3, 48, 48, 48)
+    pieces = list(cut(block, 32, 4))
+    assert {piece.brain.shape for piece in pieces} == {(20, 32, 32)}
+    assert sum(piece.brain.sum() for piece in pieces) >= 0.97 * block.brain.sum()
+    assert all(piece.images.shape[1:] == piece.truth.shape == piece.quiet.shape for piece in pieces)
+
+
+def write_triplet(folder: Path, seed: int) -> None:
+    shape = (56, 70, 60)
+    low, standard = (make_phantom(seed, shape=shape, scenario=scenario(dose, 3.0), whole=True) for dose in (0.25, 1.0))
+    write_phantom_study(low, seed, folder, standard)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two usable studies, and two that are not."""
+    folder = tmp_path_factory.mktemp("site")
+    for seed in (1, 2):
+        write_triplet(folder / f"study-{seed}", seed)
+    shutil.copytree(folder / "study-1", folder / "incomplete")
+    shutil.rmtree(folder / "incomplete" / "standard")
+    shutil.copytree(folder / "study-1", folder / "swapped")
+    (folder / "swapped" / "low").rename(folder / "swapped" / "other")
+    (folder / "swapped" / "standard").rename(folder / "swapped" / "low")
+    (folder / "swapped" / "other").rename(folder / "swapped" / "standard")
+    return folder
+
+
+def lowgad_train(*arguments: object) -> Result:
+    return CliRunner().invoke(lowgad.main, ["train", "--preset", "smoke", *map(str, arguments)])
+
+
+def test_triplets_fine_tune_a_checkpoint_and_the_run_says_on_what(site: Path, tmp_path: Path) -> None:
+    start, smoke = tmp_path / "start.pt", PRESETS["smoke"]
+    torch.save({"config": asdict(smoke), "average": Network(VARIANTS[smoke.variant]).state_dict()}, start)
+    result = lowgad_train("--steps", 2, "--data", site, "--start", start, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert "study-1: used" in result.output
+    assert "incomplete: refused, ONE_SERIES_ONLY: no subfolder standard" in result.output
+    assert "swapped: refused, STANDARD_DOSE" in result.output
+    data = "site: 1 study, started from weights of: simulated"
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"] == data
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["config"]["data"] == data
+
+
+def test_one_usable_study_is_not_enough(site: Path, tmp_path: Path) -> None:
+    for name in ("study-1", "incomplete"):
+        shutil.copytree(site / name, tmp_path / "data" / name)
+    result = lowgad_train("--data", tmp_path / "data", "--out", tmp_path / "run")
+    assert result.exit_code == 1
+    assert "at least two usable studies are needed" in result.output
+
+
+def changed(source: Path, target_folder: Path, roles: Sequence[str], **values: object) -> Path:
+    """A copy of a study with other header values in some of its series; None removes an element."""
+    shutil.copytree(source, target_folder)
+    for role in roles:
+        for path in (target_folder / role).iterdir():
+            dataset = dcmread(path)
+            for keyword, value in values.items():
+                delattr(dataset, keyword) if value is None else setattr(dataset, keyword, value)
+            dataset.save_as(path)
+    return target_folder
+
+
+def test_a_standard_dose_that_states_a_low_dose_is_refused(site: Path, tmp_path: Path) -> None:
+    changed(site / "study-1", tmp_path / "data" / "stale", ["standard"], ContrastBolusVolume="1.9")
+    ((_, error),) = read_triplets(tmp_path / "data", lambda _: None).refused
+    assert error.reason is Reason.PAIR_NOT_COMPARABLE
+    assert "0.025 mmol/kg" in error.detail
+
+
+def test_a_low_dose_that_enhances_more_than_the_standard_dose_is_refused_without_a_stated_dose(
+    site: Path, tmp_path: Path
+) -> None:
+    silent = changed(site / "swapped", tmp_path / "silent", ["low", "standard"], ContrastBolusVolume=None)
+    with pytest.raises(Permanent, match=r"the low dose enhances \d\.\d+ times as much as the standard dose"):
+        read_triplet(silent)
+
+
+def test_what_the_low_dose_header_does_not_say_stays_unknown(site: Path, tmp_path: Path) -> None:
+    block = read_triplet(changed(site / "study-1", tmp_path / "bare", ["low"], ContrastBolusAgent=None))
+    known = dict(zip(NAMES, block.condition, strict=True))
+    assert (known["agent_known"], known["dose_known"], known["log_dose_fraction"]) == (0, 0, 0)
+    assert known["field_known"] == 1
+
+
+def test_the_study_held_out_follows_from_the_seed() -> None:
+    blocks = [tiny(float(n)) for n in range(4)]
+    first, again, other = hold_out(blocks, 1), hold_out(blocks, 1), hold_out(blocks, 3)
+    assert len(first.training) == 3
+    assert len({float(b.truth.max()) for b in (*first.training, first.validation)}) == 4
+    assert first.validation.truth.max() == again.validation.truth.max()
+    assert first.validation.truth.max() != other.validation.truth.max()
+
+
+def tiny(value: float) -> Block:
+    shape = (8, 8, 8)
+    images, brain = np.zeros((3, *shape), np.float16), np.ones(shape, bool)
+    truth = np.linspace(0, value, brain.size, dtype=np.float16).reshape(shape)
+    return Block(images, truth, brain, brain, np.zeros(len(NAMES), np.float32))
+
+
+def test_a_run_goes_on_with_the_same_studies_and_refuses_others(tmp_path: Path) -> None:
+    blocks = [tiny(0.2) for _ in range(4)]
+    for steps, count in ((1, 3), (2, 3), (3, 4)):
+        config = replace(PRESETS["smoke"], steps=steps, patch=16)
+        if count == 4:
+            with pytest.raises(ValueError, match="another configuration"):
+                train(config, tmp_path, source=hold_out(blocks[:count], 1), report=lambda _: None)
+        else:
+            train(config, tmp_path, source=hold_out(blocks[:count], 1), report=lambda _: None)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
