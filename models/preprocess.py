@@ -2,9 +2,10 @@
 
 The one implementation for training and inference. Hides the working grid (the pre-contrast grid cropped to the brain,
 its axes never finer than 0.7 mm), the rigid registration, the radiometric registration (one gain and a smooth gain
-field) and the noise estimate. Follows section 2 of the paper's method (arXiv 2403.03539) with three changes: the gain
-is trimmed symmetrically, a gain field is fitted, and the image itself is never resampled (only the predicted signal
-is). Must never be random: every sample is seeded and every sum runs in a fixed order.
+field), the residual motion and the noise estimate. Follows section 2 of the paper's method (arXiv 2403.03539) with four
+changes: the gain is trimmed symmetrically, a gain field is fitted, local residual motion is taken out of the
+subtraction, and the image itself is never resampled (only the predicted signal is). Must never be random: every sample
+is seeded and every sum runs in a fixed order.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ SUPPORT_MM = 12.0  # signal is predicted up to here outside the brain (meninges,
 SCALE_QUANTILE = 0.95  # of the pre-contrast brain: about white matter
 FIELD_SIGMA_MM = 20.0
 NOISE_SIGMA_MM = 8.0
+MOTION_SIGMA_MM, MOTION_LIMIT_MM = 6.0, 0.6  # scale on which residual motion is measured, and the most that is undone
 GAIN_LIMITS = (0.85, 1.15)
 _TRIM = 2.5  # in robust standard deviations
 _TRUNCATED_STD = 0.88  # std of a unit normal truncated at +-2
@@ -35,11 +37,12 @@ Progress = Callable[[float], None]
 class Comparison:
     """How a low-dose image relates to its pre-contrast image, both on one grid and in units of white matter."""
 
-    subtraction: Array  # gain-corrected low dose minus pre-contrast
+    subtraction: Array  # gain-corrected low dose minus pre-contrast, without what residual motion makes of edges
     gain: float  # scalar that brings low dose to pre-contrast
     gain_field: Array  # smooth, around 1, beside the scalar
     sigma: float  # noise of the subtraction (high-pass, robust)
     sigma_map: Array  # local standard deviation of what is not enhancement
+    motion_mm: float  # residual motion that was undone: 0.95 quantile of its length in the brain
 
 
 @dataclass(frozen=True)
@@ -184,9 +187,49 @@ def compare(pre: Array, low: Array, brain: Mask, spacing_mm: tuple[float, float,
     for _ in range(2):
         plain = _plain(gain * field * low - pre, brain)
         field = _gain_field(pre, gain * low, plain, spacing_mm)
-    subtraction = (gain * field * low - pre).astype(np.float32)
+    raw = (gain * field * low - pre).astype(np.float32)
+    edges, motion_mm = _residual_motion(raw, pre, brain, spacing_mm)
+    subtraction = raw - edges
     sigma = _high_pass_noise(subtraction, brain)
-    return Comparison(subtraction, gain, field, sigma, _local_noise(subtraction, brain, spacing_mm))
+    return Comparison(subtraction, gain, field, sigma, _local_noise(subtraction, brain, spacing_mm), motion_mm)
+
+
+def _residual_motion(
+    raw: Array, pre: Array, brain: Mask, spacing_mm: tuple[float, float, float]
+) -> tuple[Array, float]:
+    """What local motion left by the rigid registration makes of the subtraction, and how far it went.
+
+    To first order a shift u turns an edge into u . grad pre. u is fitted by weighted least squares around every voxel
+    (Lucas and Kanade, 1981) over brain that does not enhance, within 3 robust standard deviations.
+
+    Returns:
+        (k, j, i) part of the subtraction to take away, and the 0.95 quantile of |u| in the brain, mm.
+    """
+    sizes = spacing_mm[::-1]
+    blur = [0.7 / s for s in sizes]
+    soft = ndimage.gaussian_filter(pre, blur)
+    slope = [np.gradient(soft, s, axis=a).astype(np.float32) for a, s in enumerate(sizes) if pre.shape[a] > 1]
+    smooth = ndimage.gaussian_filter(raw, blur)
+    centre = np.median(smooth[brain])
+    spread = 1.4826 * np.median(np.abs(smooth[brain] - centre)) + 1e-6
+    plain = (brain & (np.abs(smooth - centre) < 3 * spread)).astype(np.float32)
+    count = len(slope)
+    pairs = [(a, b) for a in range(count) for b in range(a, count)]
+    products = [plain * slope[a] * slope[b] for a, b in pairs] + [plain * slope[a] * smooth for a in range(count)]
+    means, blocks = _block_means(products, spacing_mm, MOTION_SIGMA_MM)
+    normal = np.empty((*means[0].shape, count, count), np.float32)
+    for (a, b), mean in zip(pairs, means, strict=False):
+        normal[..., a, b] = normal[..., b, a] = mean
+    ridge = 0.02 * float(np.mean(np.trace(normal, axis1=-2, axis2=-1))) + 1e-6
+    right = np.stack(means[len(pairs) :], axis=-1)[..., None]
+    shift = np.linalg.solve(normal + ridge * np.eye(count, dtype=np.float32), right)[..., 0]
+    shift = np.clip(shift, -MOTION_LIMIT_MM, MOTION_LIMIT_MM)
+    edges, length = np.zeros_like(raw), np.zeros_like(raw)
+    for axis in range(count):
+        u = _expand(shift[..., axis], blocks, raw.shape)
+        edges += u * slope[axis]
+        length += u**2
+    return edges, float(np.sqrt(np.quantile(length[brain], 0.95)))
 
 
 def symmetric_gain(low: Array, pre: Array) -> float:
@@ -235,31 +278,51 @@ def _high_pass_noise(subtraction: Array, brain: Mask) -> float:
 
 
 def _local_noise(subtraction: Array, brain: Mask, spacing_mm: tuple[float, float, float]) -> Array:
-    """Local standard deviation over |z| < 2 sigma; the truncation's loss (0.88) is given back."""
+    """Local standard deviation of what is not enhancement."""
     inside = subtraction[brain]
     sigma = 1.4826 * float(np.median(np.abs(inside - np.median(inside)))) + 1e-6
+    return local_statistics(subtraction, brain, spacing_mm, sigma)[1]
+
+
+def local_statistics(
+    subtraction: Array, brain: Mask, spacing_mm: tuple[float, float, float], sigma: Array | float
+) -> tuple[Array, Array]:
+    """Local mean and standard deviation over |z| < 2 sigma; the truncation's loss (0.88) is given back.
+
+    Args:
+        subtraction: (k, j, i), white matter = 1.
+        brain: (k, j, i), where both are measured.
+        spacing_mm: along i, j, k.
+        sigma: expected standard deviation, one or (k, j, i); what is returned where there is no brain.
+    """
     quiet = (brain & (np.abs(subtraction) < 2 * sigma)).astype(np.float32)
     weight, first, second = _smooth([quiet, quiet * subtraction, quiet * subtraction**2], spacing_mm, NOISE_SIGMA_MM)
     prior = 0.02 * float(weight.max()) + 1e-9
     mean = first / (weight + prior)
     square = (second + prior * (_TRUNCATED_STD * sigma) ** 2) / (weight + prior)
-    return (np.sqrt(np.maximum(square - mean**2, 1e-8)) / _TRUNCATED_STD).astype(np.float32)
+    std = np.sqrt(np.maximum(square - mean**2, 1e-8)) / _TRUNCATED_STD
+    return mean, std.astype(np.float32)
 
 
 def _smooth(arrays: list[Array], spacing_mm: tuple[float, float, float], sigma_mm: float) -> list[Array]:
-    """Gaussian of `sigma_mm` computed on block means of about sigma/4, carried back linearly."""
+    """Gaussian of `sigma_mm` computed on block means, carried back linearly."""
+    means, blocks = _block_means(arrays, spacing_mm, sigma_mm)
+    return [_expand(mean, blocks, arrays[0].shape) for mean in means]
+
+
+def _block_means(
+    arrays: list[Array], spacing_mm: tuple[float, float, float], sigma_mm: float
+) -> tuple[list[Array], list[int]]:
+    """Gaussian of `sigma_mm` over means of blocks of about a quarter of it, and the sides of a block in voxels."""
     blocks = [max(1, round(sigma_mm / 4 / s)) for s in spacing_mm[::-1]]  # (k, j, i)
-    shape = arrays[0].shape
-    padding = [(0, -n % b) for n, b in zip(shape, blocks, strict=True)]
+    sigmas = [sigma_mm / s / b for s, b in zip(spacing_mm[::-1], blocks, strict=True)]
     out = []
     for array in arrays:
-        padded = np.pad(array, padding, mode="edge")
+        padded = np.pad(array, [(0, -n % b) for n, b in zip(array.shape, blocks, strict=True)], mode="edge")
         k, j, i = (n // b for n, b in zip(padded.shape, blocks, strict=True))
         means = padded.reshape(k, blocks[0], j, blocks[1], i, blocks[2]).mean(axis=(1, 3, 5))
-        sigmas = [sigma_mm / s / b for s, b in zip(spacing_mm[::-1], blocks, strict=True)]
-        smooth = ndimage.gaussian_filter(means, sigmas, mode="constant")
-        out.append(_expand(smooth, blocks, shape))
-    return out
+        out.append(ndimage.gaussian_filter(means, sigmas, mode="constant"))
+    return out, blocks
 
 
 def _expand(means: Array, blocks: list[int], shape: tuple[int, ...]) -> Array:

@@ -1,30 +1,43 @@
-"""The model card's figures: the network against the linear engine on held-out simulated studies and on a real pair.
+"""The evaluation of a model folder: fixed seeds, doses, baselines and ablations; tables, figures and CARD.md from them.
 
-Hides the protocol: fixed seeds, doses and metrics (models.training.evaluate), and the rendering of CARD.md. The real
-pair goes through the same pipeline as a hospital's study. Must never choose what to report by its result.
+Hides the protocol. What is measured is in models.training.evaluate; the real pair goes through the same pipeline as a
+hospital's study. Must never choose what to report by its result.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from scipy import ndimage
 
 from models.card import Card
 from models.runtime import Engine, LinearEngine, NetworkEngine
+from models.training import figures
+from models.training.ablation import ablations, condition_grid, embedding, variance_shares
 from models.training.evaluate import (
+    FALSE,
+    Found,
+    Interval,
     Method,
     Score,
+    apply,
+    by_study,
+    copy_method,
     error_ratio,
     held_out,
+    ideal_sensitivity,
+    interval,
     linear_method,
+    non_local_means_method,
     raw_method,
     score,
-    score_all,
+    sensitivity,
     summary,
+    threshold_at,
 )
 from models.training.samples import Sample
 from models.volume import Array
@@ -32,49 +45,165 @@ from service.core.job import JobOptions
 from worker.pipeline import run
 from worker.study import find_files
 
-DOSES = (0.10, 0.33)
+DOSES = (0.10, 0.20, 0.25, 0.33, 0.50)
+FULL_DOSES = (0.10, 0.33)  # at which every baseline is measured
+BINS = ((1.5, 3.0), (3.0, 5.0), (5.0, 8.0), (8.0, 50.0))  # of lesion diameter, mm
+RATES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # false components per study of the FROC
+OPERATING_RATE = 0.5
+SIDE = 80  # voxels of a study's side
 Say = Callable[[str], None]
 Row = dict[str, str]
+Results = dict[float, dict[str, Found]]  # dose, then method
 
 
-def write_card(folder: Path, *, studies: int, real: tuple[Path, Path] | None, say: Say) -> None:
-    """Evaluate a model folder and write figures.csv and CARD.md into it.
+def write_card(
+    folder: Path,
+    *,
+    studies: int,
+    real: tuple[Path, Path] | None,
+    say: Say,
+    against: Sequence[Path] = (),
+    workers: int = 1,
+) -> None:
+    """Evaluate a model folder; write its tables and figures into `evaluation/` and CARD.md beside them.
 
     Args:
         folder: with model.onnx and card.toml.
-        studies: simulated studies per dose.
+        studies: simulated studies, the same at every dose.
         real: DICOM folder of a pair and its truth (npz: ce and brain (k, j, i) on the pre-contrast grid in ascending
             slice order, wm: white-matter level, both in stored units).
         say: told every row.
+        against: other model folders to measure beside it, for example one trained without conditions.
+        workers: processes that simulate.
     """
-    engine = NetworkEngine(folder)
-    rows = simulated_rows(engine, studies, say) + (real_rows(engine, *real, say) if real else [])
-    with (folder / "figures.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    (folder / "CARD.md").write_text(render(engine.card, rows, studies), encoding="utf-8")
+    engine, out = NetworkEngine(folder), folder / "evaluation"
+    out.mkdir(exist_ok=True)
+    samples = {dose: held_out(studies, dose, SIDE, workers=workers) for dose in DOSES}
+    standard = apply(held_out(studies, 1.0, SIDE, workers=workers), linear_method)
+    rescans = held_out(studies, 0.0, SIDE, stated=0.33, workers=workers)
+    results = _measure(engine, [NetworkEngine(one) for one in against], samples, say)
+    tables = {
+        "methods": _methods(results, say),
+        "lesions": list(_lesions(results, samples, standard)),
+        "rescans": list(_rescans(rescans, engine)),
+        "ablations": list(_ablations(samples, engine, say)),
+        "embedding": _embedding(engine.card, out),
+    }
+    if real:
+        tables["real"] = real_rows(engine, *real, say)
+    for name, rows in tables.items():
+        _write_csv(out / f"{name}.csv", rows)
+    _draw(out, results, samples, standard, engine)
+    (folder / "CARD.md").write_text(render(engine.card, tables, studies), encoding="utf-8")
 
 
-def simulated_rows(engine: NetworkEngine, studies: int, say: Say) -> list[Row]:
-    """Means and 95 % intervals over held-out simulated studies, one row for each dose and method."""
+def network_method(engine: NetworkEngine) -> Method:
+    """The exported network on a sample."""
 
-    def network(sample: Sample) -> Array:
+    def method(sample: Sample) -> Array:
         return engine.run(sample.images.astype(np.float32), sample.condition)
 
-    methods: dict[str, Method] = {"network": network, "linear engine": linear_method, "raw amplification": raw_method}
+    return method
+
+
+def _measure(
+    engine: NetworkEngine, others: Sequence[NetworkEngine], samples: Mapping[float, Sequence[Sample]], say: Say
+) -> Results:
+    """Network and linear engine at every dose, everything else at two."""
+    always: dict[str, Method] = {"network": network_method(engine), "linear engine": linear_method}
+    more: dict[str, Method] = {
+        "low-dose copy": copy_method,
+        "raw amplification": raw_method,
+        "non-local means": non_local_means_method,
+        **{other.name: network_method(other) for other in others},
+    }
+    results: Results = {}
+    for dose, studies in samples.items():
+        methods = always | (more if dose in FULL_DOSES else {})
+        results[dose] = {name: apply(studies, method) for name, method in methods.items()}
+        say(f"measured {len(studies)} studies at {dose:.0%}")
+    return results
+
+
+def _methods(results: Results, say: Say) -> list[Row]:
+    """Means and 95 % intervals over studies, one row for each dose and method."""
     rows: list[Row] = []
-    for dose in DOSES:
-        samples = held_out(studies, dose)
-        scores = {name: score_all(samples, method) for name, method in methods.items()}
-        for name, found in scores.items():
-            text = {metric: _with_interval(value) for metric, value in summary(found).items()}
-            ratio = "" if name == "linear engine" else _with_interval(error_ratio(found, scores["linear engine"]))
-            rows.append(_row(f"simulated, {dose:.0%} dose", name, text, ratio, say))
+    for dose, methods in results.items():
+        for name, found in methods.items():
+            text = {metric: _text(value) for metric, value in summary(found.scores).items()}
+            reference = methods["linear engine"].scores
+            ratio = "" if name == "linear engine" else _text(error_ratio(found.scores, reference))
+            rows.append({"dose": f"{dose:.0%}", "method": name, "error_over_linear": ratio, **text})
+            say(", ".join(rows[-1].values()))
     return rows
 
 
-def _with_interval(value: tuple[float, float, float]) -> str:
+def _lesions(results: Results, samples: Mapping[float, Sequence[Sample]], standard: Found) -> Iterator[Row]:
+    """Lesions by diameter: how much of them is recovered and how many are found, beside the physical limit."""
+    for dose in FULL_DOSES:
+        for name, found in [*results[dose].items(), ("true standard dose", standard)]:
+            limit = threshold_at(found, OPERATING_RATE)
+            for low, high in BINS:
+                some = [one for one in found.lesions if low <= one.diameter_mm < high]
+                yield {
+                    "dose": f"{dose:.0%}",
+                    "method": name,
+                    "diameter_mm": f"{low:g} to {high:g}",
+                    "lesions": str(len(some)),
+                    "found_above_0.1": _text(sensitivity(found, FALSE, low, high)),
+                    "found_at_0.5_false": _text(sensitivity(found, limit, low, high)),
+                    "ideal_observer": f"{ideal_sensitivity(samples[dose], low, high):.3f}",
+                    "recovery": _text(by_study(some, lambda one: one.recovery)),
+                    "peak_recovery": _text(by_study(some, lambda one: one.peak_recovery)),
+                    "cnr": _text(by_study(some, lambda one: one.cnr)),
+                    "lbr": _text(by_study(some, lambda one: one.lbr)),
+                    "cep_percent": _text(by_study(some, lambda one: one.cep)),
+                }
+
+
+def _rescans(rescans: Sequence[Sample], engine: NetworkEngine) -> Iterator[Row]:
+    """Two scans without contrast, said to be 33 %: whatever appears is false."""
+    methods: dict[str, Method] = {"network": network_method(engine), "linear engine": linear_method}
+    for name, method in methods.items():
+        false, mean = [], []
+        for sample in rescans:
+            inside = method(sample)[sample.brain]
+            false.append(float((inside > FALSE).mean() / np.prod(sample.scenario.spacing_mm) * 1000))
+            mean.append(float(inside.mean()))
+        yield {"method": name, "false_per_ml": _text(interval(false)), "mean_signal": _text(interval(mean))}
+
+
+def _ablations(samples: Mapping[float, Sequence[Sample]], engine: NetworkEngine, say: Say) -> Iterator[Row]:
+    """CE error without an input over CE error with it, on other studies at each dose."""
+    each = max(1, len(samples[DOSES[0]]) // len(DOSES))
+    pool = [s for n, dose in enumerate(DOSES) for s in samples[dose][n * each : (n + 1) * each]]
+    method = network_method(engine)
+    whole = apply(pool, method).scores
+    for name, changed in ablations(pool):
+        scores = apply(changed, method).scores
+        ratio = error_ratio(scores, whole)
+        said = "yes" if ratio[1] > 1 else "no"
+        yield {
+            "change": name,
+            "error_over_whole": _text(ratio),
+            "costs_measurably": said,
+            "slope": _text(summary(scores)["slope"]),
+            "false_per_ml": _text(summary(scores)["false_per_ml"]),
+        }
+        say(f"{name}: error x {_text(ratio)}")
+
+
+def _embedding(card: Card, out: Path) -> list[Row]:
+    grid, vectors = condition_grid()
+    embedded = embedding(card.model_path, vectors)
+    figures.draw_embedding(out / "embedding.png", grid, embedded)
+    return [
+        {"variable": name, "share_of_variance": f"{share:.3f}"}
+        for name, share in variance_shares(grid, embedded).items()
+    ]
+
+
+def _text(value: Interval) -> str:
     return f"{value[0]:.3f} ({value[1]:.3f} to {value[2]:.3f})"
 
 
@@ -85,7 +214,9 @@ def real_rows(engine: NetworkEngine, study: Path, truth: Path, say: Say) -> list
     rows: list[Row] = []
     for name, found in scores.items():
         ratio = "" if name == "linear engine" else f"{found.ce_error / scores['linear engine'].ce_error:.3f}"
-        rows.append(_row("real pair", name, {metric: f"{v:.3f}" for metric, v in asdict(found).items()}, ratio, say))
+        values = {metric: f"{value:.3f}" for metric, value in asdict(found).items()}
+        rows.append({"data": "real pair", "method": name, "error_over_linear": ratio, **values})
+        say(", ".join(rows[-1].values()))
     return rows
 
 
@@ -93,19 +224,61 @@ def _score_real(engine: Engine, study: Path, known: Mapping[str, Array]) -> Scor
     result = run(find_files(study), JobOptions(), engine, lambda *_: None)
     signal = result.prepared.signal_on_pre(result.signal) / float(known["wm"])
     spacing = result.prepared.native_pre.spacing_mm
-    figures = score(signal, known["ce"] / np.float32(known["wm"]), known["brain"].astype(bool), spacing)
-    if figures is None:
+    scores = score(signal, known["ce"] / np.float32(known["wm"]), known["brain"].astype(bool), spacing)
+    if scores is None:
         raise ValueError("nothing enhances in the truth of the real pair")
-    return figures
+    return scores
 
 
-def _row(data: str, method: str, metrics: Mapping[str, str], ratio: str, say: Say) -> Row:
-    row = {"data": data, "method": method, **metrics, "error_over_linear": ratio}
-    say(", ".join(value for value in row.values() if value))
-    return row
+def _write_csv(path: Path, rows: Sequence[Row]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
-def render(card: Card, rows: Sequence[Row], studies: int) -> str:
+def _draw(
+    out: Path, results: Results, samples: Mapping[float, Sequence[Sample]], standard: Found, engine: NetworkEngine
+) -> None:
+    sweep: dict[str, dict[str, dict[float, Interval]]] = {"ce_error": {}, "slope": {}, "false_per_ml": {}}
+    for metric, curves in sweep.items():
+        for name in ("network", "linear engine"):
+            curves[name] = {100 * dose: summary(found[name].scores)[metric] for dose, found in results.items()}
+    figures.draw_curves(out / "dose.png", list(sweep.items()), "dose, % of standard")
+    for dose in FULL_DOSES:
+        shown = {"network": results[dose]["network"], "linear engine": results[dose]["linear engine"]}
+        shown["true standard dose"] = standard
+        bars = {
+            name: [sensitivity(found, threshold_at(found, OPERATING_RATE), *bin_) for bin_ in BINS]
+            for name, found in shown.items()
+        }
+        bars["ideal observer"] = [(ideal_sensitivity(samples[dose], *bin_),) * 3 for bin_ in BINS]
+        names = [f"{low:g} to {high:g} mm" for low, high in BINS]
+        label = f"found at {OPERATING_RATE:g} false per study, {dose:.0%}"
+        figures.draw_bars(out / f"detection_{100 * dose:.0f}.png", names, bars, label)
+        froc = {n: {rate: sensitivity(f, threshold_at(f, rate)) for rate in RATES} for n, f in shown.items()}
+        figures.draw_curves(
+            out / f"froc_{100 * dose:.0f}.png", [("lesions found", froc)], "false components of 2 mm and more per study"
+        )
+    figures.draw_examples(out / "examples.png", [_example(sample, engine) for sample in samples[0.33][:5]])
+
+
+def _example(sample: Sample, engine: NetworkEngine) -> dict[str, Array]:
+    """The slice with most lesion, or most enhancement where there is none."""
+    truth = sample.truth.astype(np.float32)
+    weight = (sample.labels > 0).sum(axis=(1, 2)) + 1e-3 * truth.sum(axis=(1, 2))
+    k = int(np.argmax(ndimage.uniform_filter1d(weight, 3)))
+    images = {
+        "pre": sample.images[1].astype(np.float32),
+        "raw amplification": raw_method(sample),
+        "linear engine": linear_method(sample),
+        "network": network_method(engine)(sample),
+        "truth": truth,
+    }
+    return {name: image[k] for name, image in images.items()}
+
+
+def render(card: Card, tables: Mapping[str, Sequence[Row]], studies: int) -> str:
     """CARD.md."""
     head = (
         f"# {card.id}\n\n"
@@ -118,13 +291,52 @@ def render(card: Card, rows: Sequence[Row], studies: int) -> str:
         f"| SHA-256 of model.onnx | `{card.sha256}` |\n\n"
     )
     limits = "## What it cannot do\n\n" + "".join(f"- {limit}\n" for limit in card.limits)
-    figures = (
-        "\n## Figures\n\n"
-        f"Simulated: {studies} studies per dose from seeds no training run used; mean and 95 % bootstrap interval over "
-        "studies. Signals in units of white matter. `ce_error`: mean absolute error where the truth enhances by more "
-        "than 0.1. `slope`, `intercept`: of the predicted on the true signal there. `false_per_ml`: voxels above 0.1 "
-        "per mL of brain farther than 2.5 mm from true enhancement. `error_over_linear`: ratio of mean CE errors.\n\n"
-    )
+    parts = [
+        f"\n## {title}\n\n{text}\n\n{_table(tables[name])}" for name, (title, text) in _TEXTS.items() if name in tables
+    ]
+    return head + limits + _PREFACE.format(studies=studies) + "".join(parts)
+
+
+def _table(rows: Sequence[Row]) -> str:
     names = list(rows[0])
-    table = [names, ["---"] * len(names), *([row[name] for name in names] for row in rows)]
-    return head + limits + figures + "".join(f"| {' | '.join(line)} |\n" for line in table)
+    lines = [names, ["---"] * len(names), *([row[name] for name in names] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+_PREFACE = (
+    "\n## Evaluation\n\nSimulated studies: {studies} from seeds that no training run used, the same anatomy at every "
+    "dose; mean, 95 % bootstrap interval, whole studies resampled. Signals in units of white matter. Where the truth "
+    "enhances by more than 0.1: `ce_error` mean absolute error, `slope` and `intercept` of the predicted on the true "
+    "signal, `psnr_db` (peak 1), `ssim` (range 1). In brain farther than 2.5 mm from true enhancement: `false_per_ml` "
+    "voxels above 0.1 per mL, `false_components` of 2 mm and more per litre, `quiet_signal` mean. `dice`: of voxels "
+    "above 0.1. `error_over_linear`: ratio of mean CE errors to the linear engine's. The linear engine sees the same "
+    "motion-corrected subtraction as the network. Figures are in `evaluation/`.\n"
+)
+_TEXTS = {
+    "real": (
+        "Real pair",
+        "A real glioma whose low dose (33 %) was simulated from its real pre- and post-contrast scans.",
+    ),
+    "methods": ("Methods", "`raw amplification` is the subtraction over the dose fraction."),
+    "lesions": (
+        "Lesions",
+        (
+            "`found_at_0.5_false`: 0.9 quantile of the signal in the lesion above the threshold that leaves 0.5 false "
+            "components per study. `ideal_observer`: share that a matched filter, told shape and place, finds (d' of "
+            "5.5). The true standard dose is the same study scanned with it, treated as in the linear engine. "
+            "Values of `cnr`, `lbr`, `cep_percent` are of the pre-contrast image plus the signal."
+        ),
+    ),
+    "rescans": (
+        "Rescans without contrast",
+        "Two scans without contrast, the second said to be 33 %: all signal is false.",
+    ),
+    "ablations": (
+        "What the inputs are worth",
+        "CE error with an input shuffled between studies or removed, over the error with it.",
+    ),
+    "embedding": (
+        "What the embedding tells apart",
+        "Share of the variance of the embedding, over a grid of acquisitions, that each variable explains alone.",
+    ),
+}

@@ -1,71 +1,163 @@
-"""Evaluation on studies that no training run saw: the network, the linear engine and the raw linear amplification.
+"""Evaluation on studies that no training run saw: metrics of contrast enhancement, and the methods compared.
 
-Hides the metrics of contrast enhancement. Errors are measured where contrast matters (the true enhancement) and where
-it must not appear (brain that does not enhance), never over the whole head, where deleting a tumour improves the
-score.
+Hides the metrics. Errors are measured where contrast matters (the true enhancement) and where it must not appear
+(brain that does not enhance), never over the whole head, where deleting a tumour improves the score. The same seed
+gives the same anatomy and the same noise at every dose, so that doses, the true standard dose and a rescan without
+contrast are compared on equal terms. Intervals resample whole studies: lesions of one study are not independent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import ndimage
 
 from models.runtime import linear
-from models.training.phantom import draw_scenario
-from models.training.samples import Sample, make_sample
+from models.training.phantom import draw_scenario, make_phantom
+from models.training.samples import Sample, quiet_brain, sample_of
 from models.volume import Array, Mask
 
 TEST_SEED = 500_000_000  # of phantoms; training and validation draw from other ranges
-ENHANCING, QUIET, FALSE = 0.1, 0.01, 0.1  # of white matter
-MARGIN_MM = 2.5  # around true enhancement: blur there is counted as error, not as false enhancement
+ENHANCING, FALSE = 0.1, 0.1  # of white matter
+COMPONENT_MM = 2.0  # diameter of the ball whose volume a connected component must have to count
+CHANCE = 5.5  # d' that a known-location observer needs to find a lesion anywhere in a brain
 
 Method = Callable[[Sample], Array]
+Interval = tuple[float, float, float]  # mean, 2.5 and 97.5 percentiles
 
 
 @dataclass(frozen=True)
 class Score:
-    """Metrics of one method on one study. Signals in units of white matter."""
+    """Metrics of one method on one study. Signals in units of white matter; NaN where a study has no such voxel."""
 
     ce_error: float  # mean |y - truth| where the truth enhances
     slope: float  # of y on truth there
     intercept: float
     false_per_ml: float  # voxels with y > 0.1 per mL of brain farther than 2.5 mm from any true enhancement
+    false_components: float  # connected groups of those voxels of 2 mm and more, per litre of brain
+    quiet_signal: float  # mean y in that brain
+    psnr_db: float  # where the truth enhances; peak = 1 (white matter), never the maximum
+    ssim: float  # there; range 1
+    dice: float  # of y > 0.1 and truth > 0.1 in the brain
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """One lesion of one study under one method."""
+
+    study: int
+    diameter_mm: float
+    enhancement: float  # mean truth
+    recovery: float  # mean y / mean truth
+    peak_recovery: float  # of the 0.95 quantiles
+    cnr: float  # (lesion - background) / standard deviation of the background, in pre + y
+    lbr: float  # lesion / background
+    cep: float  # 100 (post - pre) / pre, percent
+    level: float  # the highest threshold at which it is found: 0.9 quantile of y in it
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one method does with a set of studies."""
+
+    scores: list[Score | None]  # study by study; None where nothing enhances
+    lesions: list[Lesion]
+    false_levels: list[float]  # highest y of every false component, all studies
+    studies: int
 
 
 def score(signal: Array, truth: Array, brain: Mask, spacing_mm: tuple[float, float, float]) -> Score | None:
     """Compare a predicted with the true enhancement, arrays (k, j, i); None where nothing enhances."""
+    from skimage.metrics import structural_similarity  # noqa: PLC0415  evaluation alone needs it
+
     enhancing = brain & (truth > ENHANCING)
-    quiet = brain & (ndimage.distance_transform_edt(truth < QUIET, sampling=spacing_mm[::-1]) > MARGIN_MM)
-    voxel_ml = float(np.prod(spacing_mm)) / 1000
+    quiet = quiet_brain(truth, brain, spacing_mm)
     if enhancing.sum() < 30 or not quiet.any():
         return None
     slope, intercept = np.polyfit(truth[enhancing], signal[enhancing], 1)
+    error = (signal - truth)[enhancing]
+    _, similarity = structural_similarity(truth, signal, data_range=1.0, full=True)
+    quiet_ml = float(quiet.sum() * np.prod(spacing_mm)) / 1000
+    found = brain & (signal > FALSE)
     return Score(
-        float(np.abs(signal - truth)[enhancing].mean()),
+        float(np.abs(error).mean()),
         float(slope),
         float(intercept),
-        float((signal[quiet] > FALSE).sum() / (quiet.sum() * voxel_ml)),
+        float((signal[quiet] > FALSE).sum() / quiet_ml),
+        len(_false_levels(signal, quiet, spacing_mm)) / quiet_ml * 1000,
+        float(signal[quiet].mean()),
+        float(-10 * np.log10(np.mean(error**2))),
+        float(similarity[enhancing].mean()),
+        float(2 * (found & enhancing).sum() / (found.sum() + enhancing.sum())),
     )
 
 
-def held_out(count: int, dose_fraction: float, side: int = 96) -> list[Sample]:
+def _false_levels(signal: Array, quiet: Mask, spacing_mm: tuple[float, float, float]) -> list[float]:
+    """Highest signal of every connected group above 0.1 in quiet brain that is as large as a 2 mm ball."""
+    labels, count = ndimage.label(quiet & (signal > FALSE), np.ones((3, 3, 3)))
+    if count == 0:
+        return []
+    sizes = np.bincount(labels.ravel())[1:] * float(np.prod(spacing_mm))
+    peaks = ndimage.maximum(signal, labels, np.arange(1, count + 1))
+    return [float(peak) for peak, size in zip(peaks, sizes, strict=True) if size >= np.pi / 6 * COMPONENT_MM**3]
+
+
+def lesions_of(sample: Sample, signal: Array, study: int) -> Iterator[Lesion]:
+    """What a method shows of every lesion of at least 3 voxels."""
+    truth, pre = sample.truth.astype(np.float32), sample.images[1].astype(np.float32)
+    ring = sample.quiet if sample.quiet.any() else sample.brain
+    background, spread = float((pre + signal)[ring].mean()), float((pre + signal)[ring].std())
+    for label, diameter in enumerate(sample.diameters_mm, 1):
+        where = sample.labels == label
+        if where.sum() < 3 or truth[where].mean() < 0.02:
+            continue
+        before, added, true = float(pre[where].mean()), signal[where], truth[where]
+        yield Lesion(
+            study,
+            diameter,
+            float(true.mean()),
+            float(added.mean() / true.mean()),
+            float(np.quantile(added, 0.95) / np.quantile(true, 0.95)),
+            (before + float(added.mean()) - background) / max(spread, 1e-6),
+            (before + float(added.mean())) / max(background, 1e-6),
+            100 * float(added.mean()) / max(before, 1e-3),
+            float(np.quantile(added, 0.9)),
+        )
+
+
+def make_test_sample(seed: int, dose_fraction: float, side: int, stated: float | None = None) -> Sample | None:
+    """A study of a fixed seed at a dose; `stated` is what its header says, where that differs (rescans: dose 0)."""
+    scenario = replace(draw_scenario(np.random.default_rng(seed)), dose_fraction=dose_fraction)
+    phantom = make_phantom(seed, scenario=scenario, shape=(side, side, side))
+    if phantom.brain.mean() < 0.03:
+        return None
+    return sample_of(replace(phantom, scenario=replace(scenario, dose_fraction=stated or dose_fraction)))
+
+
+def held_out(
+    count: int, dose_fraction: float, side: int = 96, *, stated: float | None = None, workers: int = 1
+) -> list[Sample]:
     """Simulated studies of fixed seeds at one dose fraction, everything else drawn as in training."""
+    seeds = range(TEST_SEED, TEST_SEED + count + count // 2 + 4)
+    arguments = [seeds, [dose_fraction] * len(seeds), [side] * len(seeds), [stated] * len(seeds)]
+    if workers > 1:
+        with ProcessPoolExecutor(workers) as pool:
+            made = list(pool.map(make_test_sample, *arguments))
+        return [sample for sample in made if sample is not None][:count]
     samples: list[Sample] = []
-    seed = TEST_SEED
-    while len(samples) < count:
-        scenario = replace(draw_scenario(np.random.default_rng(seed)), dose_fraction=dose_fraction)
-        sample = make_sample(seed, scenario=scenario, shape=(side, side, side))
-        if sample is not None:
-            samples.append(sample)
-        seed += 1
+    for one in zip(*arguments, strict=True):
+        if len(samples) == count:
+            break
+        sample = make_test_sample(*one)
+        samples += [] if sample is None else [sample]
     return samples
 
 
 def linear_method(sample: Sample) -> Array:
-    """The linear engine."""
+    """The linear engine: 0.8 mm Gaussian, noise gate, 1/dose."""
     subtraction = sample.images[0].astype(np.float32)
     return linear(subtraction, sample.brain, sample.scenario.spacing_mm, sample.scenario.dose_fraction)
 
@@ -75,31 +167,99 @@ def raw_method(sample: Sample) -> Array:
     return np.maximum(sample.images[0].astype(np.float32) / sample.scenario.dose_fraction, 0)
 
 
-def score_all(samples: Sequence[Sample], method: Method) -> list[Score | None]:
-    """Scores of one method, study by study; None where nothing enhances."""
-    return [score(method(s), s.truth.astype(np.float32), s.brain, s.scenario.spacing_mm) for s in samples]
+def copy_method(sample: Sample) -> Array:
+    """The low dose shown as it is."""
+    return np.maximum(sample.images[0].astype(np.float32), 0)
 
 
-def summary(scores: Sequence[Score | None]) -> dict[str, tuple[float, float, float]]:
+def non_local_means_method(sample: Sample) -> Array:
+    """Non-local means over the subtraction, the linear engine's gate, 1/dose."""
+    from skimage.restoration import denoise_nl_means  # noqa: PLC0415  evaluation alone needs it
+
+    subtraction = sample.images[0].astype(np.float32)
+    sigma = float(np.median(sample.images[2].astype(np.float32)[sample.brain]))
+    smooth = denoise_nl_means(subtraction, 3, 3, h=0.7 * sigma, sigma=sigma, fast_mode=True).astype(np.float32)
+    spread = 1.4826 * float(np.median(np.abs(smooth[sample.brain] - np.median(smooth[sample.brain]))))
+    return np.where(smooth > 2 * max(spread, 1e-6), smooth / sample.scenario.dose_fraction, 0).astype(np.float32)
+
+
+def apply(samples: Sequence[Sample], method: Method) -> Found:
+    """Run one method over studies and measure it."""
+    scores: list[Score | None] = []
+    lesions: list[Lesion] = []
+    false: list[float] = []
+    for study, sample in enumerate(samples):
+        signal, truth = method(sample), sample.truth.astype(np.float32)
+        scores.append(score(signal, truth, sample.brain, sample.scenario.spacing_mm))
+        lesions += lesions_of(sample, signal, study)
+        false += _false_levels(signal, sample.quiet, sample.scenario.spacing_mm)
+    return Found(scores, lesions, false, len(samples))
+
+
+def summary(scores: Sequence[Score | None]) -> dict[str, Interval]:
     """Metric to its mean over studies and the 95 % bootstrap interval of that mean."""
     known = [one for one in scores if one is not None]
     return {metric: interval([getattr(one, metric) for one in known]) for metric in Score.__dataclass_fields__}
 
 
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
+def interval(values: Sequence[float]) -> Interval:
     """Mean, and 2.5 and 97.5 percentiles of the means of seeded resamples."""
     data = np.asarray(values)
     low, high = np.quantile(data[_resamples(len(data))].mean(axis=1), [0.025, 0.975])
     return float(data.mean()), float(low), float(high)
 
 
-def error_ratio(scores: Sequence[Score | None], reference: Sequence[Score | None]) -> tuple[float, float, float]:
+def error_ratio(scores: Sequence[Score | None], reference: Sequence[Score | None]) -> Interval:
     """Ratio of the mean CE errors of two methods on the same studies, and its 95 % bootstrap interval."""
     pairs = zip(scores, reference, strict=True)
     errors = np.array([(a.ce_error, b.ce_error) for a, b in pairs if a is not None and b is not None])
     means = errors[_resamples(len(errors))].mean(axis=1)
     low, high = np.quantile(means[:, 0] / means[:, 1], [0.025, 0.975])
     return float(errors[:, 0].mean() / errors[:, 1].mean()), float(low), float(high)
+
+
+def by_study(lesions: Sequence[Lesion], value: Callable[[Lesion], float]) -> Interval:
+    """Mean over lesions; the interval resamples studies with all their lesions."""
+    studies = sorted({lesion.study for lesion in lesions})
+    sums = np.array(
+        [[sum(value(x) for x in lesions if x.study == s), sum(x.study == s for x in lesions)] for s in studies]
+    )
+    if not len(sums):
+        return float("nan"), float("nan"), float("nan")
+    drawn = sums[_resamples(len(sums))].sum(axis=1)
+    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
+    return float(sums[:, 0].sum() / sums[:, 1].sum()), float(low), float(high)
+
+
+def sensitivity(found: Found, threshold: float, smallest_mm: float = 0.0, largest_mm: float = np.inf) -> Interval:
+    """Share of lesions of a range of diameters whose 0.9 quantile of signal exceeds the threshold."""
+    some = [lesion for lesion in found.lesions if smallest_mm <= lesion.diameter_mm < largest_mm]
+    return by_study(some, lambda lesion: float(lesion.level > threshold))
+
+
+def threshold_at(found: Found, false_per_study: float) -> float:
+    """The lowest threshold (0.1 or more) that leaves at most so many false components per study."""
+    allowed = int(false_per_study * found.studies)
+    levels = sorted(found.false_levels, reverse=True)
+    return FALSE if len(levels) <= allowed else levels[allowed]
+
+
+def ideal_sensitivity(samples: Sequence[Sample], smallest_mm: float, largest_mm: float) -> float:
+    """Share of lesions that a matched filter, told shape and place, would find (d' of 5.5 or more): the physical limit.
+
+    d'^2 is the energy of the noise-free low-dose enhancement over the variance of the subtraction; white noise.
+    """
+    told: list[bool] = []
+    for sample in samples:
+        truth = sample.truth.astype(np.float32)
+        sigma = float(np.median(sample.images[2].astype(np.float32)[sample.brain]))
+        for label, diameter in enumerate(sample.diameters_mm, 1):
+            where = sample.labels == label
+            if where.sum() < 3 or truth[where].mean() < 0.02 or not smallest_mm <= diameter < largest_mm:
+                continue
+            energy = float(np.sum((truth[where] * sample.scenario.dose_fraction) ** 2))
+            told.append(np.sqrt(energy) / sigma >= CHANCE)
+    return float(np.mean(told)) if told else float("nan")
 
 
 def _resamples(count: int, rounds: int = 2000) -> np.ndarray:

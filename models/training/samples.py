@@ -13,13 +13,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy import ndimage
 
 from models.condition import NAMES, Conditions, vector
 from models.preprocess import SCALE_QUANTILE, compare
 from models.training.phantom import Phantom, Scenario, make_phantom
-from models.volume import Array
+from models.volume import Array, Mask
 
 Half = npt.NDArray[np.float16]
+QUIET, QUIET_MM = 0.01, 2.5  # of white matter; distance to anything above it
 DROP = 0.15  # chance that a header value is unknown in training
 _SPACING = NAMES.index("log_spacing_i")
 _EFFECTIVE = ("log_effective_dose", "relaxivity", "agent_known")
@@ -32,15 +34,28 @@ _DROPPED = (  # what becomes unknown together: the effective dose needs field st
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One block: images (3, k, j, i) as the network takes them, truth and region (k, j, i), condition vector."""
+class Block:
+    """What training needs: images (3, k, j, i) as the network takes them, truth and regions (k, j, i), condition."""
 
     images: Half  # subtraction, pre, sigma map
     truth: Half  # contrast enhancement of the standard dose, white matter = 1
     brain: npt.NDArray[np.bool_]
+    quiet: npt.NDArray[np.bool_]  # brain farther than QUIET_MM from any enhancement of the truth
+    condition: Array
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Along i, j, k."""
+        i, j, k = np.exp(self.condition[_SPACING : _SPACING + 3].astype(float))
+        return float(i), float(j), float(k)
+
+
+@dataclass(frozen=True)
+class Sample(Block):
+    """A block of a simulated study, with the lesions that were drawn and how."""
+
     labels: npt.NDArray[np.int16]
     diameters_mm: tuple[float, ...]
-    condition: Array
     scenario: Scenario
 
 
@@ -67,15 +82,23 @@ def sample_of(phantom: Phantom) -> Sample:
         sigma=seen.sigma,
         spacing_mm=scenario.spacing_mm,
     )
+    truth = np.maximum(phantom.enhancement / scale, 0)
     return Sample(
         np.stack([seen.subtraction, pre, seen.sigma_map]).astype(np.float16),
-        np.maximum(phantom.enhancement / scale, 0).astype(np.float16),
+        truth.astype(np.float16),
         brain,
+        quiet_brain(truth, brain, scenario.spacing_mm),
+        vector(condition),
         phantom.lesion_labels.astype(np.int16),
         phantom.lesion_diameters_mm,
-        vector(condition),
         scenario,
     )
+
+
+def quiet_brain(truth: Array, brain: Mask, spacing_mm: tuple[float, float, float]) -> Mask:
+    """Brain where no signal belongs; blur closer to true enhancement is an error, not a false enhancement."""
+    mask: Mask = brain & (ndimage.distance_transform_edt(truth < QUIET, sampling=spacing_mm[::-1]) > QUIET_MM)
+    return mask
 
 
 def stream(first_seed: int, workers: int) -> Iterator[Sample]:
@@ -92,16 +115,18 @@ def stream(first_seed: int, workers: int) -> Iterator[Sample]:
                 yield sample
 
 
-def draw_patch(sample: Sample, size: int, rng: np.random.Generator) -> tuple[Array, Array, Array, Array]:
+def draw_patch(sample: Block, size: int, rng: np.random.Generator) -> tuple[Array, Array, Array]:
     """A randomly placed, turned and flipped patch.
 
     Returns:
-        images (3, size, size, size), truth and brain (1, size, size, size), condition with random gaps.
+        images (3, size, size, size), truth, brain and quiet brain (3, size, size, size), condition with random gaps.
     """
     centre = _centre(sample, rng)
     start = [int(np.clip(c - size // 2, 0, n - size)) for c, n in zip(centre, sample.brain.shape, strict=True)]
     box = tuple(slice(s, s + size) for s in start)
-    stack = np.concatenate([sample.images[:, *box], sample.truth[None, *box], sample.brain[None, *box]])
+    stack = np.concatenate(
+        [sample.images[:, *box], sample.truth[None, *box], sample.brain[None, *box], sample.quiet[None, *box]]
+    )
     order = rng.permutation(3)
     stack = stack.astype(np.float32).transpose(0, *(order + 1))
     stack = np.flip(stack, tuple(axis + 1 for axis in range(3) if rng.uniform() < 0.5))
@@ -111,10 +136,10 @@ def draw_patch(sample: Sample, size: int, rng: np.random.Generator) -> tuple[Arr
     for group in _DROPPED:
         if rng.uniform() < DROP:
             condition[[NAMES.index(name) for name in group]] = 0
-    return stack[:3], stack[3:4], stack[4:5], condition
+    return stack[:3], stack[3:], condition
 
 
-def _centre(sample: Sample, rng: np.random.Generator) -> npt.NDArray[np.intp]:
+def _centre(sample: Block, rng: np.random.Generator) -> npt.NDArray[np.intp]:
     """Half of the patches at enhancement, half anywhere in the brain."""
     where = np.flatnonzero(sample.truth > 0.05) if rng.uniform() < 0.5 else np.flatnonzero(sample.brain)
     if where.size == 0:

@@ -1,4 +1,4 @@
-"""Training: a fixed, seeded schedule over simulated patches, resumable at any checkpoint.
+"""Training: a fixed, seeded schedule over patches, simulated or a site's own, resumable at any checkpoint.
 
 Hides the optimiser, the schedule (constant, then a linear decay over the last fifth, so that a run can be extended)
 and the loss. Writes config.json, log.csv and checkpoint.pt beside each other. Must never look at an evaluation study.
@@ -7,6 +7,7 @@ and the loss. Writes config.json, log.csv and checkpoint.pt beside each other. M
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -19,10 +20,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from models.training.network import VARIANTS, Network
-from models.training.samples import Sample, draw_patch, make_sample, stream
+from models.training.network import STRIDE, VARIANTS, Network
+from models.training.samples import Block, draw_patch, make_sample, stream
+from models.training.site import SiteData, cut, padded
 
+FALSE_WEIGHT, FALSE_FULL_AT = 10.0, 2000  # weight of false enhancement, and the step from which it is full
+LAST_SEED = 400  # a seed has a million phantoms; evaluation starts at 500 million
 TRAIN_SEED, VALIDATION_SEED = 1_000_000, 900_000_000  # of phantoms; evaluation draws from yet another range
+VALIDATION_SIDE = 96  # voxels of the blocks in which a site's held-out study is judged
 
 
 @dataclass(frozen=True)
@@ -30,15 +35,17 @@ class Config:
     """What a run depends on."""
 
     variant: str = "small"
-    steps: int = 2000
+    steps: int = 6000
     batch: int = 2
     patch: int = 40
     rate: float = 1e-3
     keep: int = 200  # simulated blocks held at a time
     refresh: int = 10  # steps between two new blocks
-    validation: int = 12
+    validation: int = 8
     ema: float = 0.998
     seed: int = 1
+    data: str = "simulated"  # what the network learned from, for its card; written by `train`
+    start: str = ""  # SHA-256 of the checkpoint that the first step started from
 
 
 PRESETS = {
@@ -57,7 +64,14 @@ class _Run:
 
 
 def train(
-    config: Config, out: Path, *, workers: int = 1, every: int = 250, report: Callable[[str], None] = print
+    config: Config,
+    out: Path,
+    *,
+    workers: int = 1,
+    every: int = 250,
+    report: Callable[[str], None] = print,
+    source: SiteData | None = None,
+    start: Path | None = None,
 ) -> Path:
     """Train, or go on from `out/checkpoint.pt`.
 
@@ -67,20 +81,32 @@ def train(
         workers: processes that simulate.
         every: steps between checkpoints and validations.
         report: told one line per validation.
+        source: a site's studies; simulated ones where None.
+        start: checkpoint whose averaged weights a new run starts from.
 
     Returns:
         Path of the checkpoint.
+
+    Raises:
+        ValueError: the seed is out of range, or a checkpoint belongs to another configuration or variant.
     """
     out.mkdir(parents=True, exist_ok=True)
-    run = _start(config, out)
+    if not 1 <= config.seed <= LAST_SEED:
+        raise ValueError(f"the seed must be from 1 to {LAST_SEED}: others would meet evaluation studies")
+    config = _stated(config, source, start)
+    run = _start(config, out, start)
     (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
-    validation = [s for s in (make_sample(VALIDATION_SEED + n) for n in range(config.validation)) if s is not None]
-    samples = stream(TRAIN_SEED * config.seed + 10 * run.step, workers)
-    held = [next(samples) for _ in range(min(16, config.keep))]
+    if source:
+        fresh, held = None, [padded(one, config.patch) for one in source.training]
+        validation = list(cut(source.validation, VALIDATION_SIDE, STRIDE))
+    else:
+        fresh = stream(TRAIN_SEED * config.seed + 10 * run.step, workers)
+        held = [next(fresh) for _ in range(min(16, config.keep))]
+        validation = [s for s in (make_sample(VALIDATION_SEED + n) for n in range(config.validation)) if s]
     began, losses = time.monotonic(), []
     while run.step < config.steps:
-        if run.step % config.refresh == 0:
-            held = [*held[-(config.keep - 1) :], next(samples)]
+        if fresh and run.step % config.refresh == 0:
+            held = [*held[-(config.keep - 1) :], next(fresh)]
         losses.append(_step(run, config, held))
         if run.step % every == 0 or run.step == config.steps:
             row = {"step": run.step, "loss": float(np.mean(losses)), "minutes": (time.monotonic() - began) / 60}
@@ -88,11 +114,24 @@ def train(
             _save(run, config, out, row)
             report(" ".join(f"{name} {value:.4g}" for name, value in row.items()))
             losses = []
-    samples.close()  # type: ignore[attr-defined]
+    if fresh:
+        fresh.close()  # type: ignore[attr-defined]
     return out / "checkpoint.pt"
 
 
-def _start(config: Config, out: Path) -> _Run:
+def _stated(config: Config, source: SiteData | None, start: Path | None) -> Config:
+    """The configuration with what the network learned from, first to last."""
+    data, digest = source.summary if source else "simulated", ""
+    if start:
+        earlier = torch.load(start, map_location="cpu", weights_only=True)["config"]
+        if earlier["variant"] != config.variant:
+            raise ValueError(f"{start} holds the variant {earlier['variant']}, this run is of {config.variant}")
+        data = f"{data}, started from weights of: {earlier.get('data', 'simulated')}"
+        digest = hashlib.sha256(start.read_bytes()).hexdigest()
+    return replace(config, data=data, start=digest)
+
+
+def _start(config: Config, out: Path, start: Path | None) -> _Run:
     torch.manual_seed(config.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network, average = (Network(VARIANTS[config.variant]).to(device) for _ in range(2))
@@ -108,6 +147,10 @@ def _start(config: Config, out: Path) -> _Run:
         average.load_state_dict(saved["average"])
         run.optimizer.load_state_dict(saved["optimizer"])
         run.step = saved["step"]
+    elif start:
+        weights = torch.load(start, map_location=device, weights_only=True)["average"]
+        network.load_state_dict(weights)
+        average.load_state_dict(weights)
     return run
 
 
@@ -129,20 +172,19 @@ def _save(run: _Run, config: Config, out: Path, row: dict[str, float]) -> None:
         writer.writerow(row)
 
 
-def _step(run: _Run, config: Config, held: list[Sample]) -> float:
+def _step(run: _Run, config: Config, held: list[Block]) -> float:
     """One optimiser step; what it draws depends only on the seed and the step."""
     rng = np.random.default_rng([config.seed, run.step])
     device = next(run.network.parameters()).device
     patches = [draw_patch(held[int(rng.integers(len(held)))], config.patch, rng) for _ in range(config.batch)]
-    images, truth, brain, condition = (
-        torch.from_numpy(np.stack(part)).to(device) for part in zip(*patches, strict=True)
-    )
+    images, targets, condition = (torch.from_numpy(np.stack(part)).to(device) for part in zip(*patches, strict=True))
     images = images.contiguous(memory_format=torch.channels_last_3d)
     for group in run.optimizer.param_groups:
         group["lr"] = config.rate * _schedule(run.step, config.steps)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
         raw, bound = run.network.unbounded(images, condition)
-    value = loss(raw.float(), bound.float(), truth, brain)
+    false_weight = FALSE_WEIGHT * min(1.0, run.step / FALSE_FULL_AT)
+    value = loss(raw.float(), bound.float(), *targets.split(1, dim=1), false_weight=false_weight)
     run.optimizer.zero_grad(set_to_none=True)
     value.backward()
     torch.nn.utils.clip_grad_norm_(run.network.parameters(), 0.5)
@@ -159,42 +201,65 @@ def _schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 200, max(0.01, (steps - step) / (0.2 * steps)))
 
 
-def loss(raw: Tensor, bound: Tensor, truth: Tensor, brain: Tensor) -> Tensor:
-    """Charbonnier error of the bounded signal, heavier where it enhances, plus bias and what exceeds the bound.
+def loss(
+    raw: Tensor, bound: Tensor, truth: Tensor, brain: Tensor, quiet: Tensor, *, false_weight: float = FALSE_WEIGHT
+) -> Tensor:
+    """Charbonnier error of the bounded signal, heavier where it enhances, plus four terms against known failures.
 
-    Errors are divided by sqrt(1 + truth), so that vessels do not drown weak lesions. The error over enhancing voxels is
-    also averaged over 4x4x4 blocks before its size is taken: noise averages out there and a systematic loss of signal
-    does not, which keeps the slope near 1. Outside the brain errors count a third.
+    Errors are divided by sqrt(1 + truth), so that vessels do not drown weak lesions; outside the brain they count a
+    third. Added are: the error over enhancing voxels averaged over 4x4x4 blocks before its size is taken (noise
+    averages out there, a systematic loss of signal does not); how far each patch's slope of prediction on truth is
+    from 1 (the smallest mean error shrinks what is uncertain); signal above 0.05 in quiet brain (false enhancement);
+    and what exceeds the bound.
 
     Args:
         raw: prediction before the bound.
         bound: the bound.
         truth: contrast enhancement of the standard dose.
-        brain: 1 inside the brain; all (n, 1, k, j, i).
+        brain: 1 inside the brain.
+        quiet: 1 in brain where no signal belongs (`samples.quiet_brain`); all (n, 1, k, j, i).
+        false_weight: of false enhancement; in full from the start it closes every gate for good.
     """
     scale = torch.rsqrt(1 + truth)
-    error = (torch.minimum(raw, bound) - truth) * scale
+    y = torch.minimum(raw, bound)
+    error = (y - truth) * scale
     enhancing = torch.clamp(truth / 0.1, 0, 1)
-    weight = (1 + 10 * enhancing) * (0.3 + 0.7 * brain)
+    weight = (1 + 4 * enhancing) * (0.3 + 0.7 * brain)
     robust = torch.sqrt(error**2 + 4e-4) - 0.02
     bias = functional.avg_pool3d(error * enhancing, 4).abs()
+    false = quiet * functional.relu(y - 0.05)
     excess = functional.relu(raw - bound) * scale
-    return torch.mean(weight * robust) + 20 * torch.mean(bias) + 0.1 * torch.mean(excess)
+    slope = _slope_error(y, truth, brain * enhancing)
+    return torch.mean(weight * robust + false_weight * false + 0.1 * excess) + 8 * torch.mean(bias) + 0.1 * slope
+
+
+def _slope_error(y: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
+    """Mean over patches of |slope - 1|, damped where a patch holds little or uniform enhancement."""
+    over = (1, 2, 3, 4)
+    total = weight.sum(over, keepdim=True) + 1e-3
+    centred = (truth - (weight * truth).sum(over, keepdim=True) / total) * weight
+    spread = (centred**2).sum(over)
+    return torch.mean((centred * (y - truth)).sum(over).abs() / (spread + 20.0))
 
 
 @torch.no_grad()
-def validate(network: Network, samples: list[Sample]) -> dict[str, float]:
-    """Mean over validation blocks: CE error and slope in enhancing brain, quiet voxels above 0.1 per thousand."""
+def validate(network: Network, samples: list[Block]) -> dict[str, float]:
+    """Mean over validation blocks: CE error and slope in enhancing brain, voxels above 0.1 per mL of quiet brain.
+
+    NaN where no block holds both.
+    """
     device = next(network.parameters()).device
     rows = []
     for sample in samples:
         images = torch.from_numpy(sample.images.astype(np.float32))[None].to(device)
         y = network(images, torch.from_numpy(sample.condition)[None].to(device))[0, 0].cpu().numpy()
         truth = sample.truth.astype(np.float32)
-        enhancing, quiet = sample.brain & (truth > 0.1), sample.brain & (truth < 0.01)
-        if enhancing.sum() < 50:
+        enhancing = sample.brain & (truth > 0.1)
+        if enhancing.sum() < 50 or not sample.quiet.any():
             continue
         slope = np.polyfit(truth[enhancing], y[enhancing], 1)[0]
-        rows.append((np.abs(y - truth)[enhancing].mean(), slope, np.mean(y[quiet] > 0.1) * 1000))
-    names = ("ce_error", "slope", "false_per_mille")
-    return {name: float(np.mean(column)) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+        quiet_ml = sample.quiet.sum() * np.prod(sample.spacing_mm) / 1000
+        rows.append((np.abs(y - truth)[enhancing].mean(), slope, (y[sample.quiet] > 0.1).sum() / quiet_ml))
+    names = ("ce_error", "slope", "false_per_ml")
+    means = np.mean(rows, axis=0) if rows else np.full(len(names), np.nan)
+    return dict(zip(names, map(float, means), strict=True))
