@@ -355,8 +355,7 @@ def _image(anatomy: _Anatomy, scenario: Scenario, rng: np.random.Generator, *, w
     r1 = scenario.agent.relaxivity_per_mm_s(scenario.field_strength_t) * rng.uniform(0.85, 1.15)
     # A stronger or lower-dosed agent reaches the tissue in other concentrations: uptake follows the injected dose.
     uptake = scenario.agent.standard_dose_mmol_per_kg / 0.1 * rng.uniform(0.8, 1.2)
-    b1 = 1 + smooth_field(anatomy.brain.shape, 45, rng.uniform(0.02, 0.1), rng)  # transmit field
-    b1 = np.clip(b1 * rng.uniform(0.9, 1.05), *B1_RANGE)
+    b1 = np.ones(anatomy.brain.shape, np.float32) if whole else _transmit_field(anatomy.brain.shape, rng)
     inflow = rng.uniform(1, 2.0) if scenario.sequence.kind != "SE" else rng.uniform(0.2, 1.0)
     for name, fraction in anatomy.fractions.items():
         tissue = draw_tissue(name, scenario.field_strength_t, rng)
@@ -366,7 +365,7 @@ def _image(anatomy: _Anatomy, scenario: Scenario, rng: np.random.Generator, *, w
         amount, concentration = fraction * texture, anatomy.concentration.get(name)
         for dose in ideal:
             ideal[dose] += amount * _tissue_signal(tissue, scenario, concentration, dose * uptake, r1=r1, b1=b1)
-    window = _spectral_window(anatomy.brain.shape, rng)
+    window = _spectral_window(anatomy.brain.shape, rng, hard_end=0.0 if whole else 0.5)
     ideal = {dose: fft.irfftn(fft.rfftn(image) * window, image.shape) for dose, image in ideal.items()}
     level = float(np.quantile(ideal[0.0][anatomy.brain], 0.9)) if anatomy.brain.sum() > 100 else 1.0
     bias = np.exp(smooth_field(anatomy.brain.shape, 40, rng.uniform(0, 0.15), rng))  # of the receive coil
@@ -383,13 +382,20 @@ def _image(anatomy: _Anatomy, scenario: Scenario, rng: np.random.Generator, *, w
     )
 
 
-def _spectral_window(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+def _transmit_field(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    field = 1 + smooth_field(shape, 45, rng.uniform(0.02, 0.1), rng)
+    return np.clip(field * rng.uniform(0.9, 1.05), *B1_RANGE).astype(np.float32)
+
+
+def _spectral_window(shape: tuple[int, ...], rng: np.random.Generator, *, hard_end: float = 0.5) -> Array:
     """What a scanner keeps of k-space, for `rfftn`: a soft window, and in some studies a hard end that rings (Gibbs).
 
     The truth passes through the same window: it is what the same scan of the standard dose would show without noise.
     """
     psf = rng.uniform(0.3, 0.6)
-    ends = rng.uniform(0.35, 0.5, 3) if rng.uniform() < 0.5 else np.full(3, 1.0)  # cycles per voxel; 0.5 is all
+    ends = (
+        rng.uniform(0.35, 0.5, 3) if hard_end and rng.uniform() < hard_end else np.full(3, 1.0)
+    )  # cycles per voxel; 0.5 is all
     axes = [fft.fftfreq(n) for n in shape[:2]] + [fft.rfftfreq(shape[2])]
     k, j, i = (
         (np.exp(-2 * (np.pi * psf * f) ** 2) * (np.abs(f) <= end)).astype(np.float32)
