@@ -245,6 +245,7 @@ def train(preset: str, steps: int | None, out: Path, workers: int, *, data: Path
     """Train a network on simulated studies, or on your own (needs the extra `train`)."""
     from dataclasses import replace
 
+    from models.training.curves import draw_curves
     from models.training.site import hold_out
     from models.training.train import PRESETS
     from models.training.train import train as run_training
@@ -256,6 +257,7 @@ def train(preset: str, steps: int | None, out: Path, workers: int, *, data: Path
     try:
         source = hold_out(read_triplets(data, click.echo).blocks, config.seed) if data else None
         run_training(config, out, workers=workers, report=click.echo, source=source, start=start)
+        draw_curves(out / "log.csv", out / "curves.png")
     except ValueError as error:
         raise click.ClickException(str(error)) from None
 
@@ -266,13 +268,16 @@ def train(preset: str, steps: int | None, out: Path, workers: int, *, data: Path
 @click.option("--id", "model_id", required=True, help="Name of the model")
 @click.option("--preset", default="small-cpu", show_default=True, help="Of the run, for the card")
 @click.option("--gate-offset", type=float, default=0.0, show_default=True, help="Operating point: larger is stricter")
-def export(checkpoint: Path, folder: Path, model_id: str, preset: str, gate_offset: float) -> None:
+@click.option("--fp16", is_flag=True, help="A half-precision network too, which CUDA then runs")
+def export(checkpoint: Path, folder: Path, model_id: str, preset: str, *, gate_offset: float, fp16: bool) -> None:
     """Export a CHECKPOINT to the model FOLDER and prove it against torch (needs the extra `train`)."""
     from models.training.export import ParityError
     from models.training.export import export as run_export
 
     try:
-        difference = run_export(checkpoint, folder, model_id=model_id, preset=preset, gate_offset=gate_offset)
+        difference = run_export(
+            checkpoint, folder, model_id=model_id, preset=preset, gate_offset=gate_offset, half=fp16
+        )
     except ParityError as error:
         raise click.ClickException(str(error)) from None
     click.echo(f"{folder}: largest difference between torch and ONNX Runtime {difference:.1e}")
@@ -283,11 +288,16 @@ def export(checkpoint: Path, folder: Path, model_id: str, preset: str, gate_offs
 @click.option("--studies", type=click.IntRange(2), default=40, show_default=True, help="Simulated, held out")
 @click.option("--real", type=STUDY, help="DICOM study of a pair whose truth is known")
 @click.option("--truth", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="truth.npz of --real")
-def evaluate(folder: Path, studies: int, real: Path | None, truth: Path | None) -> None:
-    """Compare the model in FOLDER with the linear engine, and write FOLDER/CARD.md."""
+@click.option("--against", type=FOLDER, multiple=True, help="Another model folder, measured beside it")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes that simulate")
+def evaluate(
+    folder: Path, studies: int, real: Path | None, truth: Path | None, *, against: tuple[Path, ...], workers: int
+) -> None:
+    """Compare the model in FOLDER with the linear engine and others; write FOLDER/CARD.md and FOLDER/evaluation."""
     from worker.evaluation import write_card
 
-    write_card(folder, studies=studies, real=(real, truth) if real and truth else None, say=click.echo)
+    pair = (real, truth) if real and truth else None
+    write_card(folder, studies=studies, real=pair, say=click.echo, against=against, workers=workers)
 
 
 def _settings(environ: Mapping[str, str]) -> Settings:

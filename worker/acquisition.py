@@ -17,6 +17,8 @@ from pydicom.dataset import Dataset
 from pydicom.tag import Tag
 
 from models.agents import AGENTS, BY_NAME, Agent, find_agent
+from models.condition import Conditions
+from models.preprocess import Prepared
 from service.core.errors import Permanent, Reason
 from worker.pairing import Pair
 from worker.planes import items, number, texts
@@ -52,6 +54,17 @@ class Acquisition:
     weight_kg: Known[float]
     volume_ml: Known[float]
     sequence: Known[str]  # SPGR, MPRAGE or SE
+
+    def conditions(self, prepared: Prepared) -> Conditions:
+        """What the network is told: the header's values as they are known, noise and grid as they are measured."""
+        return Conditions(
+            field_strength_t=self.field_strength_t.value,
+            agent=self.agent.value,
+            dose_mmol_per_kg=self.dose_mmol_per_kg.value,
+            sequence=self.sequence.value,
+            sigma=prepared.comparison.sigma,
+            spacing_mm=prepared.pre.spacing_mm,
+        )
 
 
 def read_acquisition(pair: Pair) -> Acquisition:

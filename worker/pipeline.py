@@ -77,7 +77,7 @@ def run(
     check_acquisition(acquisition, allow_unknown)
     clock.enter(Stage.PREPROCESS, 0.15)
     prepared = _prepare(pair, lambda part: progress(Stage.PREPROCESS, 0.15 + 0.35 * part))
-    conditions = _conditions(acquisition, prepared)
+    conditions = acquisition.conditions(prepared)
     figures = _judge(prepared, conditions)
     clock.enter(Stage.INFER, 0.5)
     signal = _predict(engine, prepared, conditions, lambda part: progress(Stage.INFER, 0.5 + 0.3 * part))
@@ -136,17 +136,6 @@ def _prepare(pair: Pair, progress: Callable[[float], None]) -> Prepared:
         return prepare(pair.pre.volume(), pair.low.volume(), progress=progress)
     except (NoBrainError, RegistrationError) as error:
         raise Permanent(Reason.REGISTRATION_FAILED, str(error)) from error
-
-
-def _conditions(acquisition: Acquisition, prepared: Prepared) -> Conditions:
-    return Conditions(
-        field_strength_t=acquisition.field_strength_t.value,
-        agent=acquisition.agent.value,
-        dose_mmol_per_kg=acquisition.dose_mmol_per_kg.value,
-        sequence=acquisition.sequence.value,
-        sigma=prepared.comparison.sigma,
-        spacing_mm=prepared.pre.spacing_mm,
-    )
 
 
 def _context(

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from models.agents import BY_NAME
 from models.brain import NoBrainError
-from models.condition import Conditions
 from models.preprocess import Prepared, RegistrationError, prepare
 from models.quality import Verdict, judge_order, judge_pair
 from models.training.samples import Block
@@ -70,16 +69,8 @@ def read_triplet(folder: Path) -> Block:
     check_acquisition(acquisition, allow_unknown=("field_strength", "agent", "dose"))
     _refuse_other_dose(acquisition, read_acquisition(truth))
     prepared, prepared_truth = _prepared(pair, "low"), _prepared(truth, "standard")
-    conditions = Conditions(
-        field_strength_t=acquisition.field_strength_t.value,
-        agent=acquisition.agent.value,
-        dose_mmol_per_kg=acquisition.dose_mmol_per_kg.value,
-        sequence=acquisition.sequence.value,
-        sigma=prepared.comparison.sigma,
-        spacing_mm=prepared.pre.spacing_mm,
-    )
     try:
-        return make_block(prepared, prepared_truth, conditions)
+        return make_block(prepared, prepared_truth, acquisition.conditions(prepared))
     except TripletError as error:
         raise Permanent(Reason.PAIR_NOT_COMPARABLE, str(error)) from error
 

@@ -89,7 +89,7 @@ def score(signal: Array, truth: Array, brain: Mask, spacing_mm: tuple[float, flo
         float((signal[quiet] > FALSE).sum() / quiet_ml),
         len(_false_levels(signal, quiet, spacing_mm)) / quiet_ml * 1000,
         float(signal[quiet].mean()),
-        float(-10 * np.log10(np.mean(error**2))),
+        float(-10 * np.log10(np.mean(error**2) + 1e-12)),  # 120 dB at most
         float(similarity[enhancing].mean()),
         float(2 * (found & enhancing).sum() / (found.sum() + enhancing.sum())),
     )

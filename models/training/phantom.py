@@ -28,7 +28,8 @@ from models.training.physics import (
 from models.volume import Array, Mask
 
 TWIST_DEG, SCALE, WARP_MM = 15.0, 0.15, 2.5
-B1_RANGE = (0.7, 1.25)  # transmit field, 1 = nominal
+B1_RANGE, B1_NODES = (0.7, 1.3), 25  # transmit field, 1 = nominal (which is a node)
+CURVE_NODES = 128  # of concentration
 SMALL_MM = 6.0  # at least half of all lesions are below this
 
 
@@ -117,7 +118,8 @@ def make_phantom(
         seed: everything random follows from it.
         shape: (k, j, i) of the grid.
         scenario: what is fixed; drawn from the seed where None.
-        whole: centre the head upright in the grid; otherwise a randomly turned and placed part of it.
+        whole: centre the head upright in the grid, at the nominal flip angle, without ringing and with its face;
+            otherwise a randomly turned and placed part of it.
     """
     rng = np.random.default_rng(seed)
     scenario = scenario or draw_scenario(rng)
@@ -365,8 +367,11 @@ def _image(anatomy: _Anatomy, scenario: Scenario, rng: np.random.Generator, *, w
         amount, concentration = fraction * texture, anatomy.concentration.get(name)
         for dose in ideal:
             ideal[dose] += amount * _tissue_signal(tissue, scenario, concentration, dose * uptake, r1=r1, b1=b1)
-    window = _spectral_window(anatomy.brain.shape, rng, hard_end=0.0 if whole else 0.5)
-    ideal = {dose: fft.irfftn(fft.rfftn(image) * window, image.shape) for dose, image in ideal.items()}
+    psf = rng.uniform(0.3, 0.6)
+    ideal = {dose: ndimage.gaussian_filter(image, psf) for dose, image in ideal.items()}
+    if not whole:
+        window = _spectral_window(anatomy.brain.shape, rng)
+        ideal = {dose: fft.irfftn(fft.rfftn(image) * window, image.shape) for dose, image in ideal.items()}
     level = float(np.quantile(ideal[0.0][anatomy.brain], 0.9)) if anatomy.brain.sum() > 100 else 1.0
     bias = np.exp(smooth_field(anatomy.brain.shape, 40, rng.uniform(0, 0.15), rng))  # of the receive coil
     ideal = {dose: (image * bias / level).astype(np.float32) for dose, image in ideal.items()}
@@ -383,24 +388,20 @@ def _image(anatomy: _Anatomy, scenario: Scenario, rng: np.random.Generator, *, w
 
 
 def _transmit_field(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    """Smooth transmit field (k, j, i) of a block, as a scale of the flip angle."""
     field = 1 + smooth_field(shape, 45, rng.uniform(0.02, 0.1), rng)
     return np.clip(field * rng.uniform(0.9, 1.05), *B1_RANGE).astype(np.float32)
 
 
-def _spectral_window(shape: tuple[int, ...], rng: np.random.Generator, *, hard_end: float = 0.5) -> Array:
-    """What a scanner keeps of k-space, for `rfftn`: a soft window, and in some studies a hard end that rings (Gibbs).
+def _spectral_window(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    """What a scanner keeps of k-space, for `rfftn`: in half of the studies all, else a hard end that rings (Gibbs).
 
     The truth passes through the same window: it is what the same scan of the standard dose would show without noise.
     """
-    psf = rng.uniform(0.3, 0.6)
-    ends = (
-        rng.uniform(0.35, 0.5, 3) if hard_end and rng.uniform() < hard_end else np.full(3, 1.0)
-    )  # cycles per voxel; 0.5 is all
+    whole_band = np.full(3, 1.0)  # cycles per voxel; 0.5 is all there is
+    ends = rng.uniform(0.35, 0.5, 3) if rng.uniform() < 0.5 else whole_band
     axes = [fft.fftfreq(n) for n in shape[:2]] + [fft.rfftfreq(shape[2])]
-    k, j, i = (
-        (np.exp(-2 * (np.pi * psf * f) ** 2) * (np.abs(f) <= end)).astype(np.float32)
-        for f, end in zip(axes, ends, strict=True)
-    )
+    k, j, i = ((np.abs(f) <= end).astype(np.float32) for f, end in zip(axes, ends, strict=True))
     window: Array = k[:, None, None] * j[None, :, None] * i[None, None, :]
     return window
 
@@ -408,16 +409,16 @@ def _spectral_window(shape: tuple[int, ...], rng: np.random.Generator, *, hard_e
 def _tissue_signal(
     tissue: Tissue, scenario: Scenario, concentration: Array | None, scale: float, *, r1: float, b1: Array
 ) -> Array:
-    """Signal by linear interpolation over transmit field and concentration: the table's error is below 1e-3."""
-    fields = np.linspace(*B1_RANGE, 9)
-    at = (b1 - B1_RANGE[0]) * (8 / (B1_RANGE[1] - B1_RANGE[0]))
+    """Signal by linear interpolation over transmit field and concentration, to 1e-4 of the receiver's M0."""
+    fields = np.linspace(*B1_RANGE, B1_NODES)
+    at = (b1 - B1_RANGE[0]) * ((B1_NODES - 1) / (B1_RANGE[1] - B1_RANGE[0]))
     if concentration is None:
         curve = [signal(tissue, scenario.sequence, np.zeros(1), r1, float(field))[0] for field in fields]
-        return np.interp(at, np.arange(9), curve).astype(np.float32)
+        return np.interp(at, np.arange(B1_NODES), curve).astype(np.float32)
     top = float(concentration.max()) * scale + 1e-6
-    grid = np.linspace(0, top, 48)
+    grid = np.linspace(0, top, CURVE_NODES)
     table = np.stack([signal(tissue, scenario.sequence, grid, r1, float(field)) for field in fields])
-    places = np.stack([at, concentration * np.float32(scale * 47 / top)])
+    places = np.stack([at, concentration * np.float32(scale * (CURVE_NODES - 1) / top)])
     return ndimage.map_coordinates(table.astype(np.float32), places, order=1, mode="nearest")
 
 

@@ -90,9 +90,9 @@ def train(
     Raises:
         ValueError: the seed is out of range, or a checkpoint belongs to another configuration or variant.
     """
-    out.mkdir(parents=True, exist_ok=True)
     if not 1 <= config.seed <= LAST_SEED:
         raise ValueError(f"the seed must be from 1 to {LAST_SEED}: others would meet evaluation studies")
+    out.mkdir(parents=True, exist_ok=True)
     config = _stated(config, source, start)
     run = _start(config, out, start)
     (out / "config.json").write_text(json.dumps(asdict(config), indent=1))

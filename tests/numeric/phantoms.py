@@ -15,7 +15,7 @@ MPRAGE = Sequence("MPRAGE", 1.9, 0.0025, 9.0, 0.9, 0.008, 176)
 
 
 @lru_cache(maxsize=4)
-def head(*, stripped: bool, seed: int = 5) -> Phantom:
+def head(*, stripped: bool, seed: int = 3) -> Phantom:
     """A whole head at 2 mm with a few lesions, one third of the dose, 3 T."""
     scenario = Scenario(
         field_strength_t=3.0,
