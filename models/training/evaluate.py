@@ -82,6 +82,8 @@ def score(signal: Array, truth: Array, brain: Mask, spacing_mm: tuple[float, flo
     _, similarity = structural_similarity(truth, signal, data_range=1.0, full=True)
     quiet_ml = float(quiet.sum() * np.prod(spacing_mm)) / 1000
     found = brain & (signal > FALSE)
+    with np.errstate(divide="ignore"):  # infinite for the truth itself
+        psnr = float(-10 * np.log10(np.mean(error**2)))
     return Score(
         float(np.abs(error).mean()),
         float(slope),
@@ -89,7 +91,7 @@ def score(signal: Array, truth: Array, brain: Mask, spacing_mm: tuple[float, flo
         float((signal[quiet] > FALSE).sum() / quiet_ml),
         len(_false_levels(signal, quiet, spacing_mm)) / quiet_ml * 1000,
         float(signal[quiet].mean()),
-        float(-10 * np.log10(np.mean(error**2) + 1e-12)),  # 120 dB at most
+        psnr,
         float(similarity[enhancing].mean()),
         float(2 * (found & enhancing).sum() / (found.sum() + enhancing.sum())),
     )

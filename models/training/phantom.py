@@ -29,6 +29,7 @@ from models.volume import Array, Mask
 
 TWIST_DEG, SCALE, WARP_MM = 15.0, 0.15, 2.5
 B1_RANGE, B1_NODES = (0.7, 1.3), 25  # transmit field, 1 = nominal (which is a node)
+PSF_VOXELS = (0.3, 0.6)  # standard deviation of the point spread
 CURVE_NODES = 128  # of concentration
 SMALL_MM = 6.0  # at least half of all lesions are below this
 
@@ -367,10 +368,11 @@ def _image(anatomy: _Anatomy, scenario: Scenario, rng: np.random.Generator, *, w
         amount, concentration = fraction * texture, anatomy.concentration.get(name)
         for dose in ideal:
             ideal[dose] += amount * _tissue_signal(tissue, scenario, concentration, dose * uptake, r1=r1, b1=b1)
-    psf = rng.uniform(0.3, 0.6)
-    ideal = {dose: ndimage.gaussian_filter(image, psf) for dose, image in ideal.items()}
-    if not whole:
-        window = _spectral_window(anatomy.brain.shape, rng)
+    psf = rng.uniform(*PSF_VOXELS)
+    if whole:
+        ideal = {dose: ndimage.gaussian_filter(image, psf) for dose, image in ideal.items()}
+    else:
+        window = _spectral_window(anatomy.brain.shape, psf, rng)
         ideal = {dose: fft.irfftn(fft.rfftn(image) * window, image.shape) for dose, image in ideal.items()}
     level = float(np.quantile(ideal[0.0][anatomy.brain], 0.9)) if anatomy.brain.sum() > 100 else 1.0
     bias = np.exp(smooth_field(anatomy.brain.shape, 40, rng.uniform(0, 0.15), rng))  # of the receive coil
@@ -393,15 +395,18 @@ def _transmit_field(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
     return np.clip(field * rng.uniform(0.9, 1.05), *B1_RANGE).astype(np.float32)
 
 
-def _spectral_window(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
-    """What a scanner keeps of k-space, for `rfftn`: in half of the studies all, else a hard end that rings (Gibbs).
+def _spectral_window(shape: tuple[int, ...], psf_voxels: float, rng: np.random.Generator) -> Array:
+    """What a scanner keeps of k-space, for `rfftn`: a soft window, and in half of the studies a hard end (Gibbs).
 
     The truth passes through the same window: it is what the same scan of the standard dose would show without noise.
     """
     whole_band = np.full(3, 1.0)  # cycles per voxel; 0.5 is all there is
     ends = rng.uniform(0.35, 0.5, 3) if rng.uniform() < 0.5 else whole_band
     axes = [fft.fftfreq(n) for n in shape[:2]] + [fft.rfftfreq(shape[2])]
-    k, j, i = ((np.abs(f) <= end).astype(np.float32) for f, end in zip(axes, ends, strict=True))
+    k, j, i = (
+        (np.exp(-2 * (np.pi * psf_voxels * f) ** 2) * (np.abs(f) <= end)).astype(np.float32)
+        for f, end in zip(axes, ends, strict=True)
+    )
     window: Array = k[:, None, None] * j[None, :, None] * i[None, None, :]
     return window
 

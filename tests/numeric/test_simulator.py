@@ -14,6 +14,7 @@ from models.condition import TRAINED, Conditions
 from models.preprocess import compare
 from models.training.phantom import (
     B1_RANGE,
+    PSF_VOXELS,
     _defaced,
     _spectral_window,
     _tissue_signal,
@@ -159,7 +160,8 @@ def test_half_of_all_studies_ring_at_edges_and_none_changes_its_mean() -> None:
     step[16:48] = 1.0
     peaks = []
     for seed in range(60):
-        window = _spectral_window(step.shape, np.random.default_rng(seed))
+        rng = np.random.default_rng(seed)
+        window = _spectral_window(step.shape, rng.uniform(*PSF_VOXELS), rng)
         seen = fft.irfftn(fft.rfftn(step) * window, step.shape)
         assert seen.mean() == pytest.approx(0.5)
         peaks.append(float(seen.max()))
