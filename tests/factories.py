@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -92,32 +92,94 @@ _SEQUENCES: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
-_VENDORS: Mapping[str, Mapping[str, Any]] = {
-    "siemens": {
-        "Manufacturer": "SIEMENS",
-        "ManufacturerModelName": "Skyra",
-        "SoftwareVersions": "syngo MR E11",
-        "ScanOptions": "PFP",
-        "ImageType": ["ORIGINAL", "PRIMARY", "M", "ND"],
-        "SequenceName": "*tfl3d1_16",
-    },
-    "ge": {
-        "Manufacturer": "GE MEDICAL SYSTEMS",
-        "ManufacturerModelName": "SIGNA Premier",
-        "SoftwareVersions": ["29", "LX", "MR29.1"],
-        "ScanOptions": ["FAST_GEMS", "EDR_GEMS"],
-        "ImageType": ["ORIGINAL", "PRIMARY", "OTHER"],
-        "SequenceName": "",
-    },
-    "philips": {
-        "Manufacturer": "Philips",
-        "ManufacturerModelName": "Ingenia Elition X",
-        "SoftwareVersions": ["5.7.1", "5.7.1.3"],
-        "ScanOptions": "OTHER",
-        "ImageType": ["ORIGINAL", "PRIMARY", "M_FFE", "M", "FFE"],
-        "SequenceName": "",
-    },
+
+@dataclass(frozen=True)
+class _Vendor:
+    """How one manufacturer's classic MR images differ: attributes, and how the stored values are made."""
+
+    attributes: Mapping[str, Any]
+    bits_stored: int
+    signed: bool = False
+    scale_slope: bool = False  # rescale for display, and the private scale slope that makes values comparable
+
+
+_VENDORS: Mapping[str, _Vendor] = {
+    "siemens": _Vendor(
+        {
+            "Manufacturer": "SIEMENS",
+            "ManufacturerModelName": "Skyra",
+            "SoftwareVersions": "syngo MR E11",
+            "ScanOptions": "PFP",
+            "ImageType": ["ORIGINAL", "PRIMARY", "M", "ND"],
+            "SequenceName": "*tfl3d1_16",
+        },
+        bits_stored=12,
+    ),
+    "ge": _Vendor(
+        {
+            "Manufacturer": "GE MEDICAL SYSTEMS",
+            "ManufacturerModelName": "SIGNA Premier",
+            "SoftwareVersions": ["29", "LX", "MR29.1"],
+            "ScanOptions": ["FAST_GEMS", "EDR_GEMS"],
+            "ImageType": ["ORIGINAL", "PRIMARY", "OTHER"],
+            "SequenceName": "",
+        },
+        bits_stored=16,
+        signed=True,
+    ),
+    "philips": _Vendor(
+        {
+            "Manufacturer": "Philips",
+            "ManufacturerModelName": "Ingenia Elition X",
+            "SoftwareVersions": ["5.7.1", "5.7.1.3"],
+            "ScanOptions": "OTHER",
+            "ImageType": ["ORIGINAL", "PRIMARY", "M_FFE", "M", "FFE"],
+            "SequenceName": "",
+        },
+        bits_stored=12,
+        scale_slope=True,
+    ),
+    "canon": _Vendor(
+        {
+            "Manufacturer": "CANON_MEC",
+            "ManufacturerModelName": "Vantage Galan 3T",
+            "SoftwareVersions": "V6.0SP2001",
+            "ScanOptions": ["SAT1", "AFI"],
+            "ImageType": ["ORIGINAL", "PRIMARY", "OTHER"],
+            "SequenceName": "FE3D",
+        },
+        bits_stored=16,
+    ),
 }
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a pair shall look like; everything has a healthy default. Texts are written as they are."""
+
+    seed: int = 0  # another seed is another patient, study and noise
+    slices: int = 8  # of each series
+    rows: int = 24
+    columns: int = 20
+    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.2)  # between columns, rows and slices
+    thickness_mm: float | None = None  # SliceThickness; None is the distance between slices
+    plane: str = "axial"  # or sagittal, coronal, oblique
+    vendor: str = "siemens"  # unsigned 12 bit; ge (signed 16 bit), philips (two scalings), canon (unsigned 16 bit)
+    sequence: str = "MPRAGE"  # or SPGR, SE
+    field_strength_t: str | None = "3"  # MagneticFieldStrength; None leaves it out
+    agent: str | None = "Gadovist"  # ContrastBolusAgent of the low-dose series; None leaves the module out
+    volume_ml: str | None = "2.0"  # ContrastBolusVolume
+    total_dose_ml: str | None = None  # ContrastBolusTotalDose
+    concentration: str | None = None  # ContrastBolusIngredientConcentration
+    agent_code: tuple[str, str, str] | None = None  # value, scheme, meaning in ContrastBolusAgentSequence
+    weight_kg: str | None = "80"  # PatientWeight; None leaves it out
+    start_time: str | None = None  # ContrastBolusStartTime
+    charset: str | list[str] = "ISO_IR 100"  # SpecificCharacterSet
+    patient_name: str = "Phantom^Test"  # encodable in `charset`
+    pre_description: str = "t1_mprage_sag"  # SeriesDescription and ProtocolName
+    low_description: str = "t1_mprage_sag_KM"
+    pre_changes: Mapping[str, Any] = field(default_factory=dict)  # keyword to value in every slice; None deletes
+    low_changes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -138,109 +200,63 @@ def uid(*names: object) -> str:
     return f"2.25.{uuid.uuid5(uuid.NAMESPACE_OID, '/'.join(map(str, names))).int}"
 
 
-def make_pair(
-    *,
-    seed: int = 0,
-    slices: int = 8,
-    rows: int = 24,
-    columns: int = 20,
-    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.2),
-    plane: str = "axial",
-    vendor: str = "siemens",
-    sequence: str = "MPRAGE",
-    field_strength_t: str | None = "3",
-    agent: str | None = "Gadovist",
-    volume_ml: str | None = "2.0",
-    total_dose_ml: str | None = None,
-    concentration: str | None = None,
-    agent_code: tuple[str, str, str] | None = None,
-    weight_kg: str | None = "80",
-    start_time: str | None = None,
-    charset: str | list[str] = "ISO_IR 100",
-    patient_name: str = "Phantom^Test",
-    pre_description: str = "t1_mprage_sag",
-    low_description: str = "t1_mprage_sag_KM",
-    pre_changes: Mapping[str, Any] | None = None,
-    low_changes: Mapping[str, Any] | None = None,
-) -> SyntheticPair:
+def make_pair(**options: Any) -> SyntheticPair:
     """A healthy pair: same geometry, the low-dose series later and with contrast attributes.
 
     Args:
-        seed: another seed is another patient, study and noise.
-        slices: how many slices each series has.
-        rows: image height in pixels.
-        columns: image width in pixels.
-        spacing_mm: between columns, rows and slices.
-        plane: axial, sagittal, coronal or oblique.
-        vendor: siemens (unsigned 12 bit), ge (signed 16 bit) or philips (rescale and private scale slope).
-        sequence: MPRAGE, SPGR or SE.
-        field_strength_t: MagneticFieldStrength as written; None leaves it out.
-        agent: ContrastBolusAgent of the low-dose series as written; None leaves the module out.
-        volume_ml: ContrastBolusVolume as written.
-        total_dose_ml: ContrastBolusTotalDose as written.
-        concentration: ContrastBolusIngredientConcentration as written.
-        agent_code: (CodeValue, CodingSchemeDesignator, CodeMeaning) of ContrastBolusAgentSequence.
-        weight_kg: PatientWeight as written; None leaves it out.
-        start_time: ContrastBolusStartTime as written.
-        charset: SpecificCharacterSet.
-        patient_name: PatientName, encodable in `charset`.
-        pre_description: SeriesDescription and ProtocolName of the pre-contrast series.
-        low_description: the same of the low-dose series.
-        pre_changes: keyword to value for every pre-contrast slice; None deletes the element.
-        low_changes: the same for every low-dose slice.
+        options: the fields of `Recipe`.
     """
-    shape = (slices, rows, columns)
-    head, uptake = _phantom(shape)
-    noise = np.random.default_rng(seed)
+    recipe = Recipe(**options)
+    head, uptake = _phantom((recipe.slices, recipe.rows, recipe.columns))
+    noise = np.random.default_rng(recipe.seed)
+    pre = {"SeriesNumber": "4", **_named(recipe.pre_description), **_times("100500")}
+    low = {"SeriesNumber": "9", **_named(recipe.low_description), **_times("101500"), **_contrast(recipe)}
+    return SyntheticPair(
+        _series(recipe, "pre", head + noise.normal(0, 6, head.shape), {**pre, **recipe.pre_changes}, gain=1.0),
+        _series(
+            recipe, "low", head + uptake + noise.normal(0, 6, head.shape), {**low, **recipe.low_changes}, gain=1.25
+        ),
+    )
+
+
+def _named(description: str) -> dict[str, str]:
+    return {"SeriesDescription": description, "ProtocolName": description}
+
+
+def _times(clock: str) -> dict[str, str]:
+    events = ("Series", "Acquisition", "Content")
+    return {f"{event}Date": "20240105" for event in events} | {f"{event}Time": clock for event in events}
+
+
+def _contrast(recipe: Recipe) -> dict[str, Any]:
+    """The Contrast/Bolus attributes of the low-dose series."""
     contrast: dict[str, Any] = {}
-    if agent is not None:
+    if recipe.agent is not None:
         contrast = {
-            "ContrastBolusAgent": agent,
+            "ContrastBolusAgent": recipe.agent,
             "ContrastBolusRoute": "IV",
-            "ContrastBolusVolume": volume_ml,
-            "ContrastBolusTotalDose": total_dose_ml,
-            "ContrastBolusIngredientConcentration": concentration,
-            "ContrastBolusStartTime": start_time,
+            "ContrastBolusVolume": recipe.volume_ml,
+            "ContrastBolusTotalDose": recipe.total_dose_ml,
+            "ContrastBolusIngredientConcentration": recipe.concentration,
+            "ContrastBolusStartTime": recipe.start_time,
         }
-    if agent_code is not None:
-        contrast["ContrastBolusAgentSequence"] = Sequence([_code(*agent_code)])
-    series = []
-    for number, (name, time, description, signal, extra, changes) in enumerate(
-        [
-            ("pre", "100500", pre_description, head, {}, pre_changes),
-            ("low", "101500", low_description, head + uptake, contrast, low_changes),
-        ]
-    ):
-        common: dict[str, Any] = {
-            **_patient_and_study(seed, charset, patient_name, weight_kg),
-            **_VENDORS[vendor],
-            **_SEQUENCES[sequence],
-            "SeriesInstanceUID": uid(seed, name),
-            "SeriesNumber": str(4 + 5 * number),
-            "SeriesDescription": description,
-            "ProtocolName": description,
-            "AcquisitionNumber": "1",
-            "MagneticFieldStrength": field_strength_t,
-            **extra,
-        }
-        for day, clock in (("Series", "Series"), ("Acquisition", "Acquisition"), ("Content", "Content")):
-            common[f"{day}Date"], common[f"{clock}Time"] = "20240105", time
-        voxels = signal + noise.normal(0, 6, shape)
-        planes = [
-            _slice(
-                uid(seed, name, k),
-                k,
-                common,
-                spacing_mm=spacing_mm,
-                axes=_PLANES[plane],
-            )
-            for k in range(slices)
-        ]
-        for k, dataset in enumerate(planes):
-            _set_pixels(dataset, voxels[k], vendor, philips_gain=1.0 + 0.25 * number)
-            _apply(dataset, changes or {})
-        series.append(planes)
-    return SyntheticPair(*series)
+    if recipe.agent_code is not None:
+        contrast["ContrastBolusAgentSequence"] = Sequence([_code(*recipe.agent_code)])
+    return contrast
+
+
+def _series(
+    recipe: Recipe, name: str, voxels: npt.NDArray[np.float64], attributes: Mapping[str, Any], *, gain: float
+) -> list[Dataset]:
+    """The slices of one series with these voxels (k, j, i); `attributes` come last and may remove what is before."""
+    datasets = []
+    for k, image in enumerate(voxels):
+        dataset = _slice(recipe, k)
+        dataset.SOPInstanceUID, dataset.SeriesInstanceUID = uid(recipe.seed, name, k), uid(recipe.seed, name)
+        _set_pixels(dataset, image, _VENDORS[recipe.vendor], gain=gain)
+        _apply(dataset, attributes)
+        datasets.append(dataset)
+    return datasets
 
 
 def write_study(folder: Path, *, odd: Iterable[str] = (), implicit: bool = False, **options: Any) -> list[Path]:
@@ -374,15 +390,15 @@ def _phantom(shape: tuple[int, int, int]) -> tuple[npt.NDArray[np.float64], npt.
     return head, 150.0 * np.where(lesion > 0.05, lesion, 0) + 250.0 * vessel
 
 
-def _patient_and_study(seed: int, charset: str | list[str], name: str, weight_kg: str | None) -> dict[str, Any]:
+def _patient_and_study(recipe: Recipe) -> dict[str, Any]:
+    seed = recipe.seed
     return {
-        "SpecificCharacterSet": charset,
-        "PatientName": name,
+        "PatientName": recipe.patient_name,
         "PatientID": f"SYNTH{seed:05d}",
         "PatientBirthDate": "19700101",
         "PatientSex": "O",
         "PatientAge": "054Y",
-        "PatientWeight": weight_kg,
+        "PatientWeight": recipe.weight_kg,
         "StudyInstanceUID": uid(seed, "study"),
         "StudyID": "1",
         "StudyDate": "20240105",
@@ -398,57 +414,51 @@ def _patient_and_study(seed: int, charset: str | list[str], name: str, weight_kg
         "PatientPosition": "HFS",
         "FrameOfReferenceUID": uid(seed, "frame"),
         "PositionReferenceIndicator": "",
+        "AcquisitionNumber": "1",
         "MRAcquisitionType": "3D",
+        "MagneticFieldStrength": recipe.field_strength_t,
         "ImagedNucleus": "1H",
         "ImagingFrequency": "123.25",
         "NumberOfAverages": "1",
     }
 
 
-def _slice(
-    sop_instance_uid: str,
-    k: int,
-    common: Mapping[str, Any],
-    *,
-    spacing_mm: tuple[float, float, float],
-    axes: tuple[tuple[float, float, float], tuple[float, float, float]],
-) -> Dataset:
-    """One classic MR slice; slice k lies k spacings along cross(row, column)."""
-    row, column = (np.array(axis, dtype=float) for axis in axes)
-    normal = np.cross(row, column)
-    position = np.array([-95.3, -110.7, -60.1]) + k * spacing_mm[2] * normal
+def _slice(recipe: Recipe, k: int) -> Dataset:
+    """One classic MR slice without pixels; slice k lies k spacings along cross(row, column)."""
+    row, column = (np.array(axis, dtype=float) for axis in _PLANES[recipe.plane])
+    between_columns, between_rows, between_slices = recipe.spacing_mm
+    position = np.array([-95.3, -110.7, -60.1]) + k * between_slices * np.cross(row, column)
     dataset = Dataset()
-    _apply(dataset, {"SpecificCharacterSet": common["SpecificCharacterSet"]})
+    _apply(dataset, {"SpecificCharacterSet": recipe.charset})
     dataset.SOPClassUID = MRImageStorage
-    dataset.SOPInstanceUID = sop_instance_uid
-    _apply(dataset, common)
+    for attributes in (_patient_and_study(recipe), _VENDORS[recipe.vendor].attributes, _SEQUENCES[recipe.sequence]):
+        _apply(dataset, attributes)
     dataset.InstanceNumber = str(k + 1)
     dataset.ImagePositionPatient = [_ds(value) for value in position]
     dataset.ImageOrientationPatient = [_ds(value) for value in (*row, *column)]
-    dataset.PixelSpacing = [_ds(spacing_mm[1]), _ds(spacing_mm[0])]
-    dataset.SliceThickness = _ds(spacing_mm[2])
-    dataset.SpacingBetweenSlices = _ds(spacing_mm[2])
-    dataset.SliceLocation = _ds(float(position @ normal))
+    dataset.PixelSpacing = [_ds(between_rows), _ds(between_columns)]
+    dataset.SliceThickness = _ds(recipe.thickness_mm or between_slices)
+    dataset.SpacingBetweenSlices = _ds(between_slices)
+    dataset.SliceLocation = _ds(float(position @ np.cross(row, column)))
     return dataset
 
 
-def _set_pixels(dataset: Dataset, signal: npt.NDArray[np.float64], vendor: str, *, philips_gain: float) -> None:
+def _set_pixels(dataset: Dataset, signal: npt.NDArray[np.float64], vendor: _Vendor, *, gain: float) -> None:
     dataset.SamplesPerPixel = 1
     dataset.PhotometricInterpretation = "MONOCHROME2"
     dataset.Rows, dataset.Columns = signal.shape
     dataset.BitsAllocated = 16
-    dataset.BitsStored = 16 if vendor == "ge" else 12
-    dataset.HighBit = dataset.BitsStored - 1
-    dataset.PixelRepresentation = int(vendor == "ge")
+    dataset.BitsStored, dataset.HighBit = vendor.bits_stored, vendor.bits_stored - 1
+    dataset.PixelRepresentation = int(vendor.signed)
     stored = np.abs(signal)
-    if vendor == "philips":
+    if vendor.scale_slope:
         # Both series show the same floating-point values, each with its own scaling (as the vendor does).
-        scale_slope = float(np.float32(0.25 * philips_gain))
+        scale_slope = float(np.float32(0.25 * gain))
         stored = stored * scale_slope
-        dataset.RescaleIntercept, dataset.RescaleSlope, dataset.RescaleType = "0", _ds(3.7 * philips_gain), "normalized"
+        dataset.RescaleIntercept, dataset.RescaleSlope, dataset.RescaleType = "0", _ds(3.7 * gain), "normalized"
         block = dataset.private_block(0x2005, "Philips MR Imaging DD 001", create=True)
         block.add_new(0x0E, "FL", scale_slope)
-    dataset.PixelData = np.round(stored).astype("<i2" if vendor == "ge" else "<u2").tobytes()
+    dataset.PixelData = np.round(stored).astype("<i2" if vendor.signed else "<u2").tobytes()
     dataset.WindowCenter, dataset.WindowWidth = "400", "800"
 
 
