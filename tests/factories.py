@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from highdicom.legacy import LegacyConvertedEnhancedMRImage
+from pydicom import dcmread
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -303,7 +305,7 @@ def as_enhanced(datasets: list[Dataset]) -> Dataset:
     for keyword in (*_FRAME_KEYWORDS, *_CLASSIC_CONTRAST):
         if keyword in multi:
             delattr(multi, keyword)
-    multi.SOPClassUID, multi.SOPInstanceUID = EnhancedMRImageStorage, uid(first.SeriesInstanceUID, "enhanced")
+    multi.SOPClassUID, multi.SOPInstanceUID = EnhancedMRImageStorage, uid(first.SOPInstanceUID, "enhanced")
     multi.ImageType = ["ORIGINAL", "PRIMARY", "T1", "NONE"]
     multi.NumberOfFrames = str(len(frames))
     multi.PixelData = b"".join(frame.PixelData for frame in frames)
@@ -316,12 +318,47 @@ def as_enhanced(datasets: list[Dataset]) -> Dataset:
     return multi
 
 
+def as_stacks(one: Dataset, other: Dataset) -> Dataset:
+    """Two Enhanced MR objects as one: the frames of `other` follow as stack 2, under the header of `one`."""
+    multi, more = copy.deepcopy(one), copy.deepcopy(other.PerFrameFunctionalGroupsSequence)
+    for frame in more:
+        frame.FrameContentSequence[0].StackID = "2"
+    multi.PerFrameFunctionalGroupsSequence = [*multi.PerFrameFunctionalGroupsSequence, *more]
+    multi.NumberOfFrames = str(len(multi.PerFrameFunctionalGroupsSequence))
+    multi.PixelData += other.PixelData
+    return multi
+
+
+def as_concatenation(multi: Dataset, parts: int) -> list[Dataset]:
+    """An Enhanced MR object as several that follow each other (PS3.3 C.7.6.16, Concatenation UID)."""
+    frames, size = multi.PerFrameFunctionalGroupsSequence, len(multi.PixelData) // int(multi.NumberOfFrames)
+    objects = []
+    for number, chosen in enumerate(np.array_split(np.arange(len(frames)), parts), start=1):
+        part = copy.deepcopy(multi)
+        part.SOPInstanceUID, part.ConcatenationUID = uid(multi.SOPInstanceUID, number), uid(multi.SOPInstanceUID)
+        part.SOPInstanceUIDOfConcatenationSource = multi.SOPInstanceUID
+        part.InConcatenationNumber, part.InConcatenationTotalNumber = number, parts
+        part.ConcatenationFrameOffsetNumber = int(chosen[0])
+        part.NumberOfFrames = str(len(chosen))
+        part.PerFrameFunctionalGroupsSequence = [frames[n] for n in chosen]
+        part.PixelData = multi.PixelData[size * chosen[0] : size * (chosen[-1] + 1)]
+        objects.append(part)
+    return objects
+
+
+def as_legacy_converted(datasets: list[Dataset]) -> Dataset:
+    """The same series as one Legacy Converted Enhanced MR object, converted by highdicom."""
+    slices = [dcmread(BytesIO(encode(dataset))) for dataset in datasets]
+    series, number = slices[0].SeriesInstanceUID, slices[0].SeriesNumber
+    return LegacyConvertedEnhancedMRImage(slices, uid(series, "legacy"), number, uid(series, "legacy", "object"), 1)
+
+
 _FRAME_KEYWORDS = (
     *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "SpacingBetweenSlices"),
     *("SliceLocation", "RepetitionTime", "EchoTime", "InversionTime", "FlipAngle", "EchoTrainLength", "ScanOptions"),
     *("ScanningSequence", "SequenceVariant", "SequenceName", "AcquisitionDate", "AcquisitionTime", "InstanceNumber"),
     *("NumberOfAverages", "ImagedNucleus", "ImagingFrequency", "WindowCenter", "WindowWidth"),
-    *("RescaleSlope", "RescaleIntercept", "RescaleType"),
+    *("RescaleSlope", "RescaleIntercept", "RescaleType", "AcquisitionNumber", "TemporalPositionIdentifier"),
 )
 _CLASSIC_CONTRAST = (
     *("ContrastBolusAgent", "ContrastBolusRoute", "ContrastBolusVolume", "ContrastBolusTotalDose"),
@@ -330,7 +367,8 @@ _CLASSIC_CONTRAST = (
 
 
 def _enhanced_agent(dataset: Dataset) -> Dataset:
-    agent = _code("407976008", "SCT", "Gadobutrol")
+    coded = dataset.get("ContrastBolusAgentSequence")
+    agent = copy.deepcopy(coded[0]) if coded else _code("407976008", "SCT", "Gadobutrol")
     agent.ContrastBolusAgentNumber = 1
     agent.ContrastBolusVolume = dataset.get("ContrastBolusVolume")
     agent.ContrastBolusIngredientConcentration = dataset.get("ContrastBolusIngredientConcentration")
@@ -369,7 +407,13 @@ def _frame_groups(dataset: Dataset, number: int) -> Dataset:
     content = Dataset()
     content.InStackPositionNumber, content.StackID = number, "1"
     content.FrameAcquisitionDateTime = dataset.AcquisitionDate + dataset.AcquisitionTime
+    content.FrameAcquisitionNumber = int(dataset.AcquisitionNumber)
+    if "TemporalPositionIdentifier" in dataset:
+        content.TemporalPositionIndex = int(dataset.TemporalPositionIdentifier)
     frame.FrameContentSequence = [content]
+    kind = Dataset()
+    kind.FrameType = dataset.ImageType
+    frame.MRImageFrameTypeSequence = [kind]
     if (0x2005, 0x100E) in dataset:  # where Philips keeps its scale slope in Enhanced MR
         inner = Dataset()
         inner.private_block(0x2005, "Philips MR Imaging DD 001", create=True).add_new(

@@ -135,9 +135,12 @@ def _local(moment: datetime, header: Dataset) -> datetime:
 
 def _series_uid(kind: Kind, source: Series, other: Series, context: DerivationContext) -> str:
     """The same for the same source instances, model, configuration and kind; another for any other."""
-    instances = sorted({plane.sop_instance_uid for series in (source, other) for plane in series.planes})
-    roles = [source.series_uid, other.series_uid]
-    parts = [kind.value, context.model_sha256, context.model_id, context.config_hash, *roles, *instances]
+    parts = [kind.value, context.model_sha256, context.model_id, context.config_hash]
+    for series in (source, other):
+        parts += [
+            series.series_uid,
+            *sorted(f"{plane.sop_instance_uid}#{plane.frame_number}" for plane in series.planes),
+        ]
     return f"2.25.{uuid.uuid5(_ROOT, hashlib.sha256('|'.join(parts).encode()).hexdigest()).int}"
 
 
@@ -306,7 +309,7 @@ def _of_slice(
         "SOPInstanceUID": f"2.25.{uuid.uuid5(_ROOT, name).int}",
         "InstanceNumber": index + 1,
         "SourceImageSequence": [_source(plane, moved=False), _source(partner, moved=True)],
-        "ReferencedSeriesSequence": [_referenced(source, plane), _referenced(other, partner)],
+        "ReferencedSeriesSequence": _referenced(source, plane, other, partner),
     }
 
 
@@ -320,11 +323,17 @@ def _source(plane: Plane, *, moved: bool) -> Dataset:
     return item
 
 
-def _referenced(series: Series, plane: Plane) -> Dataset:
-    item = Dataset()
-    item.SeriesInstanceUID = series.series_uid
-    item.ReferencedInstanceSequence = [_reference(plane)]
-    return item
+def _referenced(source: Series, plane: Plane, other: Series, partner: Plane) -> list[Dataset]:
+    """The series of both planes, each series and each object once: two volumes may lie in one series, or one object."""
+    objects: dict[str, dict[str, Dataset]] = {source.series_uid: {}, other.series_uid: {}}
+    for series, one in ((source, plane), (other, partner)):
+        objects[series.series_uid][one.sop_instance_uid] = _reference(one)
+    referenced = []
+    for series_uid, instances in objects.items():
+        item = Dataset()
+        item.SeriesInstanceUID, item.ReferencedInstanceSequence = series_uid, list(instances.values())
+        referenced.append(item)
+    return referenced
 
 
 def _reference(plane: Plane) -> Dataset:

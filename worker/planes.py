@@ -222,7 +222,7 @@ def _planes(dataset: Dataset, pixels: _Pixels) -> Iterator[Plane]:
         raise Permanent(Reason.UNREADABLE_FILE, f"{len(frames)} functional groups for {pixels.shape[0]} frames")
     for index, frame in enumerate(frames):
         header = _flat_header(top, [*shared, frame])
-        yield Plane(header, uid, index + 1, *_scaling(header, _philips_items(frame)), pixels)
+        yield Plane(header, uid, index + 1, *_scaling(header, _philips_items(frame, shared)), pixels)
 
 
 _FUNCTIONAL_GROUPS = frozenset({"SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"})
@@ -245,12 +245,20 @@ def _flat_header(top: Iterable[DataElement], groups: Iterable[Dataset]) -> Datas
     return header
 
 
+_SAME_TEXT = (
+    ("ImageType", "FrameType"),
+    ("ImagedNucleus", "ResonantNucleus"),
+    ("AcquisitionNumber", "FrameAcquisitionNumber"),
+    ("TemporalPositionIdentifier", "TemporalPositionIndex"),
+)
+
+
 def _name_as_classic(header: Dataset) -> None:
     """Add the classic keyword beside each Enhanced MR attribute that says the same (PS3.3 C.8.13 and C.8.3.1)."""
     for classic, enhanced in (("EchoTime", "EffectiveEchoTime"), ("ImagingFrequency", "TransmitterFrequency")):
         _set_ds(header, classic, number(header, enhanced))
     _set_ds(header, "InversionTime", number(header, "InversionTimes"))
-    for classic, enhanced in (("ImageType", "FrameType"), ("ImagedNucleus", "ResonantNucleus")):
+    for classic, enhanced in _SAME_TEXT:
         if texts(header, enhanced):
             setattr(header, classic, texts(header, enhanced))
     if texts(header, "EchoPulseSequence") and not texts(header, "ScanningSequence"):
@@ -286,19 +294,40 @@ def _scanning_sequence(header: Dataset) -> tuple[list[str], list[str]]:
 
 
 def _name_contrast_as_classic(header: Dataset) -> None:
-    """Contrast/Bolus attributes of classic MR from the Enhanced Contrast/Bolus items (PS3.3 C.7.6.4b)."""
+    """Contrast/Bolus attributes of classic MR from the items of Enhanced MR, where they are not stated as such.
+
+    The volume is that of all agents together (PS3.3 C.7.6.4b); it stays unknown unless every item states its own.
+    """
     agents = items(header, "ContrastBolusAgentSequence")
-    if not agents or "ContrastBolusAgent" in header:
+    if not agents:
         return
-    header.ContrastBolusAgent = " + ".join(text for agent in agents for text in texts(agent, "CodeMeaning"))[:64]
-    volumes = [number(agent, "ContrastBolusVolume") for agent in agents]
+    if not texts(header, "ContrastBolusAgent"):
+        header.ContrastBolusAgent = " + ".join(text for agent in agents for text in texts(agent, "CodeMeaning"))[:64]
+    volumes = [_volume_ml(agent) for agent in agents]
     known = [volume for volume in volumes if volume is not None]
-    if known and len(known) == len(agents):
+    if len(known) == len(agents) and number(header, "ContrastBolusVolume") is None:
         _set_ds(header, "ContrastBolusVolume", sum(known))
     if len(agents) == 1:
         _set_ds(
             header, "ContrastBolusIngredientConcentration", number(agents[0], "ContrastBolusIngredientConcentration")
         )
+    starts = [clock for agent in agents for clock in _profile_texts(agent, "ContrastBolusStartTime")]
+    if starts and not texts(header, "ContrastBolusStartTime"):
+        header.ContrastBolusStartTime = min(starts)
+
+
+def _volume_ml(agent: Dataset) -> float | None:
+    """ContrastBolusVolume of an agent, or the sum over its phases of administration; None where they disagree."""
+    stated = number(agent, "ContrastBolusVolume")
+    phases = items(agent, "ContrastAdministrationProfileSequence")
+    given = [value for phase in phases if (value := number(phase, "ContrastBolusVolume")) is not None]
+    if not given or len(given) < len(phases):
+        return stated
+    return sum(given) if not stated or math.isclose(stated, sum(given), rel_tol=0.02) else None
+
+
+def _profile_texts(agent: Dataset, keyword: str) -> list[str]:
+    return [text for phase in items(agent, "ContrastAdministrationProfileSequence") for text in texts(phase, keyword)]
 
 
 def _set_ds(header: Dataset, keyword: str, value: float | None) -> None:
@@ -329,10 +358,16 @@ _PHILIPS_SCALING = (0x2005, "Philips MR Imaging DD 001", 0x0E)
 _PHILIPS_FRAME = (0x2005, "Philips MR Imaging DD 005", 0x0F)
 
 
-def _philips_items(frame: Dataset) -> list[Dataset]:
-    """The private item of a frame that repeats the classic header; of it, only the scale slope is to be trusted."""
+def _philips_items(frame: Dataset, shared: Iterable[Dataset]) -> list[Dataset]:
+    """Where the scale slope of a frame may stand, the frame's own first.
+
+    In the private item of a frame that repeats the classic header, of which only the scale slope is to be trusted; in a
+    Legacy Converted object among the attributes of the slices that have no other place.
+    """
     value = _private(frame, *_PHILIPS_FRAME)
-    return list(value) if isinstance(value, Sequence) else []
+    found = list(value) if isinstance(value, Sequence) else []
+    found += items(frame, "UnassignedPerFrameConvertedAttributesSequence")
+    return found + [item for group in shared for item in items(group, "UnassignedSharedConvertedAttributesSequence")]
 
 
 def _philips_scale_slope(item: Dataset) -> float | None:

@@ -1,15 +1,16 @@
 """A study: files become series, and series become volumes.
 
-Hides grouping and the order of slices (PS3.3 C.7.6.2.1.1); what makes a series one whole regular volume is decided in
-`service.core.series`, as for intake. Must never let through what is not one study of one patient, or images that lowgad
-made.
+Hides grouping, series that hold several volumes, and the order of slices (PS3.3 C.7.6.2.1.1); what makes one whole
+regular volume is decided in `service.core.series`, as for intake. Must never let through what is not one study of one
+patient, or images that lowgad made.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +30,15 @@ PRIVATE_GROUP, PRIVATE_CREATOR = 0x4C47, "LOWGAD SYNTHCE 1"
 
 @dataclass(frozen=True)
 class Series:
-    """Planes in ascending order along cross(row, column), so that the affine of the volume is right-handed."""
+    """One volume: planes in ascending order along cross(row, column), so that its affine is right-handed.
+
+    Most DICOM series are one volume; of one that holds several, each is a series of its own here.
+    """
 
     series_uid: str
     planes: tuple[Plane, ...]
     fault: Fault | None = None
+    part: str = ""  # which volume of the DICOM series, where that holds several: the attribute that tells them apart
 
     @property
     def header(self) -> Dataset:
@@ -47,8 +52,9 @@ class Series:
 
     @property
     def label(self) -> str:
-        """How messages name the series: by its number, which identifies nobody."""
-        return f"series {int(number(self.header, 'SeriesNumber') or 0)}"
+        """How messages name the series: by its number, which identifies nobody, and the part of it."""
+        named = f"series {int(number(self.header, 'SeriesNumber') or 0)}"
+        return f"{named} ({self.part})" if self.part else named
 
     def volume(self) -> Volume:
         """Voxels (k, j, i) in the planes' unit, and the affine to LPS mm (PS3.3 C.7.6.2.1.1, equation C.7.6.2.1-1).
@@ -161,26 +167,79 @@ def _others(instances: Sequence[Instance]) -> list[str]:
     return [f"{count} x {name}" for name, count in sorted(counts.items())]
 
 
-def _grouped(instances: Sequence[Instance]) -> Iterable[Series]:
+def _grouped(instances: Sequence[Instance]) -> Iterator[Series]:
     groups: dict[str, list[Plane]] = defaultdict(list)
     for instance in instances:
         groups[str(instance.header.SeriesInstanceUID)] += instance.planes
     for series_uid, planes in groups.items():
-        yield _series(series_uid, planes)
+        yield from _volumes(series_uid, planes)
 
 
-def _series(series_uid: str, planes: list[Plane]) -> Series:
+# What tells the volumes of one series apart, in the order in which it is tried (PS3.3 C.7.6.16, C.7.6.1, C.8.3.1).
+_DIVIDERS = ("StackID", "AcquisitionNumber", "TemporalPositionIdentifier", "ImageType", "EchoTime", "FlipAngle")
+_MOST_PARTS = 4  # more volumes than these are a dynamic examination
+
+
+def _volumes(series_uid: str, planes: Sequence[Plane]) -> Sequence[Series]:
+    """A series as one volume; where it is none, as the few whole volumes that one or two attributes tell apart."""
+    part_missing = _part_missing(planes)
+    if part_missing:
+        return [Series(series_uid, tuple(planes), part_missing)]
+    whole = _series(series_uid, planes)
+    if not whole.fault:
+        return [whole]
+    varying = [keyword for keyword in _DIVIDERS if len(_values(planes, [keyword])) > 1]
+    for keywords in itertools.chain(itertools.combinations(varying, 1), itertools.combinations(varying, 2)):
+        parts = _divided(series_uid, planes, keywords)
+        if parts and not any(part.fault for part in parts):
+            return parts
+    return [whole]
+
+
+def _divided(series_uid: str, planes: Sequence[Plane], keywords: Sequence[str]) -> list[Series]:
+    """The planes by the values of these attributes, in the order of the values; empty when those are too many."""
+    values = _values(planes, keywords)
+    if len(values) > _MOST_PARTS:
+        return []
+    return [
+        _series(series_uid, group, ", ".join(map(" ".join, zip(keywords, key, strict=True)))) for key, group in values
+    ]
+
+
+def _values(planes: Sequence[Plane], keywords: Sequence[str]) -> list[tuple[tuple[str, ...], list[Plane]]]:
+    groups: dict[tuple[str, ...], list[Plane]] = defaultdict(list)
+    for plane in planes:
+        groups[tuple("\\".join(texts(plane.header, keyword)) for keyword in keywords)].append(plane)
+    return sorted(groups.items(), key=lambda item: item[0])
+
+
+def _part_missing(planes: Sequence[Plane]) -> Fault | None:
+    """A concatenation of which not every object is there."""
+    present: dict[str, set[int]] = defaultdict(set)
+    wanted: dict[str, int] = defaultdict(int)
+    for plane in planes:
+        for concatenation in texts(plane.header, "ConcatenationUID"):
+            part = int(number(plane.header, "InConcatenationNumber") or 0)
+            total = int(number(plane.header, "InConcatenationTotalNumber") or 0)
+            present[concatenation].add(part)
+            wanted[concatenation] = max(wanted[concatenation], part, total)
+    for concatenation, parts in present.items():
+        if len(parts) < wanted[concatenation]:
+            return Fault(Reason.MISSING_SLICES, f"{len(parts)} of {wanted[concatenation]} parts of a concatenation")
+    return None
+
+
+def _series(series_uid: str, planes: Sequence[Plane], part: str = "") -> Series:
     """Sort the planes along their normal, or say what keeps them from being one regular volume."""
     fault = next(iter(geometry_faults([HeaderSummary.of(plane.header) for plane in planes])), None)
     fault = fault or _impossible(planes)
     if fault:
-        return Series(series_uid, tuple(planes), fault)
+        return Series(series_uid, tuple(planes), fault, part)
     normal = np.cross(*axes(planes[0].header))
     heights = np.array([numbers(plane.header, "ImagePositionPatient") for plane in planes]) @ normal
     ordered = tuple(planes[n] for n in np.argsort(heights))
-    return Series(
-        series_uid, ordered, _every_other_missing(planes[0].header, float(np.ptp(heights)) / (len(planes) - 1))
-    )
+    step_mm = float(np.ptp(heights)) / (len(planes) - 1)
+    return Series(series_uid, ordered, _every_other_missing(planes[0].header, step_mm), part)
 
 
 def _impossible(planes: Sequence[Plane]) -> Fault | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
 import subprocess
 import zipfile
@@ -20,7 +21,7 @@ from pydicom.datadict import keyword_for_tag, tag_for_keyword
 from pydicom.dataset import Dataset
 
 from service.core.errors import Permanent, Reason
-from tests.factories import SyntheticPair, as_enhanced, encode, make_pair, write_study
+from tests.factories import SyntheticPair, as_enhanced, as_stacks, encode, make_pair, uid, write_study
 from worker.attributes import TABLE, Action
 from worker.derived import DerivationContext, Kind, derive
 from worker.pairing import Pair, choose_pair
@@ -121,6 +122,28 @@ def test_the_real_case_gives_valid_images(tmp_path: Path) -> None:
     zipfile.ZipFile(REAL_PAIR).extractall(tmp_path / "in")
     sources = sorted((tmp_path / "in").rglob("*.dcm"))
     check(sources, choose_pair(read_study(sources)), tmp_path / "out", every=50)
+
+
+@needs_dicom3tools
+def test_a_pair_in_one_series_gives_valid_images_with_uids_of_their_own(tmp_path: Path) -> None:
+    series = {"SeriesInstanceUID": uid(0, "pre"), "SeriesNumber": "4", "SeriesTime": "100500"}
+    sources = write_study(
+        tmp_path / "in", low_changes={**series, "AcquisitionNumber": "2"}, low_description="t1_mprage_sag"
+    )
+    check(sources, choose_pair(read_study(sources)), tmp_path / "out", every=4)
+
+
+@needs_dicom3tools
+def test_a_pair_in_one_object_gives_valid_images_with_uids_of_their_own(tmp_path: Path) -> None:
+    together = {"SeriesInstanceUID": uid(0, "pre"), "SeriesNumber": "4"}
+    datasets = make_pair(low_changes=together)
+    (tmp_path / "both.dcm").write_bytes(encode(as_stacks(as_enhanced(datasets.pre), as_enhanced(datasets.low))))
+    pre, low = read_study([tmp_path / "both.dcm"]).series
+    images = [derived(Pair(*order), kind) for kind, order in itertools.product(Kind, [(pre, low), (low, pre)])]
+    assert len({image.SOPInstanceUID for series in images for image in series}) == 4 * 8
+    assert len(images[0][0].ReferencedSeriesSequence[0].ReferencedInstanceSequence) == 1
+    for path in saved(tmp_path / "out", images[0])[::4]:
+        assert errors(path) == []
 
 
 def enhanced_pair(folder: Path, pair: SyntheticPair) -> Pair:

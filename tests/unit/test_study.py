@@ -10,14 +10,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from highdicom.legacy import LegacyConvertedEnhancedMRImage
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.pixels import compress
 from pydicom.uid import UID, JPEG2000Lossless, JPEGLSLossless, MediaStorageDirectoryStorage, RLELossless
 
 from service.core.errors import Permanent, Reason
-from tests.factories import as_enhanced, encode, make_pair, uid, write_study
+from tests.factories import (
+    SyntheticPair,
+    as_concatenation,
+    as_enhanced,
+    as_legacy_converted,
+    as_stacks,
+    encode,
+    make_pair,
+    uid,
+    write_study,
+)
 from worker.acquisition import read_acquisition
 from worker.pairing import choose_pair
 from worker.study import Study, find_files, read_study
@@ -188,22 +197,101 @@ def test_an_enhanced_object_reads_like_the_slices_it_holds(tmp_path: Path, vendo
             assert str(one.header[keyword].value) == str(other.header[keyword].value)
 
 
-def test_a_legacy_converted_object_reads_like_the_slices_it_holds(tmp_path: Path) -> None:
-    paths = write_study(tmp_path / "classic")
-    multi = [
-        LegacyConvertedEnhancedMRImage(
-            list(map(dcmread, half)), uid("legacy", n), n + 1, uid("legacy", n, "instance"), 1
-        )
-        for n, half in enumerate((paths[:8], paths[8:]))
-    ]
-    for path, dataset in zip((tmp_path / "0.dcm", tmp_path / "1.dcm"), multi, strict=True):
-        dataset.save_as(path)
-    classic = read_study(paths)
-    legacy = read_study([tmp_path / "0.dcm", tmp_path / "1.dcm"])
+@pytest.mark.parametrize("vendor", ["siemens", "philips"])
+def test_a_legacy_converted_object_reads_like_the_slices_it_holds(tmp_path: Path, vendor: str) -> None:
+    pair = make_pair(vendor=vendor)
+    classic = read_study(written(tmp_path / "classic", pair.all))
+    objects = [as_legacy_converted(pair.pre), as_legacy_converted(pair.low)]
+    legacy = read_study(written(tmp_path / "legacy", objects))
     for one, other in zip(classic.series, legacy.series, strict=True):
+        assert one.unit == other.unit
         assert np.array_equal(one.volume().voxels, other.volume().voxels)
         assert one.volume().affine == pytest.approx(other.volume().affine)
-    assert choose_pair(legacy).pre.label == "series 1"
+    assert choose_pair(legacy).pre.label == "series 4"
+
+
+def test_a_concatenation_is_one_volume_and_without_one_of_its_objects_it_has_slices_missing(tmp_path: Path) -> None:
+    multi = as_enhanced(make_pair(slices=24).pre)
+    whole = read_study(written(tmp_path / "whole", [multi])).series[0]
+    parts = as_concatenation(multi, 3)
+    joined = read_study(written(tmp_path / "parts", parts[::-1])).series[0]
+    assert np.array_equal(joined.volume().voxels, whole.volume().voxels)
+    assert np.array_equal(joined.volume().affine, whole.volume().affine)
+    for missing in range(3):  # also the first or the last, which leaves no gap between slices
+        present = [part for n, part in enumerate(parts) if n != missing]
+        fault = read_study(written(tmp_path / str(missing), present)).series[0].fault
+        assert fault
+        assert (fault.reason, fault.detail) == (Reason.MISSING_SLICES, "2 of 3 parts of a concatenation")
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"AcquisitionNumber": "2"}, ["AcquisitionNumber 1", "AcquisitionNumber 2"]),
+        ({"TemporalPositionIdentifier": "2"}, ["TemporalPositionIdentifier ", "TemporalPositionIdentifier 2"]),
+        ({"EchoTime": "9.8"}, ["EchoTime 2.98", "EchoTime 9.8"]),
+        (
+            {"ImageType": ["ORIGINAL", "PRIMARY", "P", "ND"]},
+            ["ImageType ORIGINAL\\PRIMARY\\M\\ND", "ImageType ORIGINAL\\PRIMARY\\P\\ND"],
+        ),
+    ],
+)
+@pytest.mark.parametrize("form", ["classic", "enhanced"])
+def test_volumes_in_one_series_are_told_apart_by_what_they_say(
+    tmp_path: Path, form: str, changes: dict[str, Any], parts: list[str]
+) -> None:
+    together = {"SeriesInstanceUID": uid(0, "pre"), "SeriesNumber": "4"}
+    pair = make_pair(low_changes=together | changes)
+    alone = [volume_of(tmp_path / name, datasets) for name, datasets in (("pre", pair.pre), ("low", pair.low))]
+    if form == "enhanced":
+        pair = SyntheticPair([as_enhanced(pair.pre)], [as_enhanced(pair.low)])
+    series = read_study(written(tmp_path / "both", pair.all)).series
+    assert [(one.part, one.fault) for one in series] == [(part, None) for part in parts]
+    for one, volume in zip(series, alone, strict=True):
+        assert np.array_equal(one.volume().voxels, volume)
+
+
+def volume_of(folder: Path, datasets: list[Dataset]) -> np.ndarray:
+    return read_study(written(folder, datasets)).series[0].volume().voxels
+
+
+def test_stacks_of_one_object_are_volumes_of_their_own_whatever_their_orientation(tmp_path: Path) -> None:
+    axial, sagittal = make_pair(plane="axial").pre, make_pair(plane="sagittal").pre
+    alone = [volume_of(tmp_path / name, one) for name, one in (("a", axial), ("s", sagittal))]
+    both = as_stacks(as_enhanced(axial), as_enhanced(sagittal))
+    for frame in both.PerFrameFunctionalGroupsSequence:
+        stack = axial if frame.FrameContentSequence[0].StackID == "1" else sagittal
+        item = Dataset()
+        item.ImageOrientationPatient = stack[0].ImageOrientationPatient
+        frame.PlaneOrientationSequence = [item]
+    del both.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence
+    series = read_study(written(tmp_path / "both", [both])).series
+    assert [one.label for one in series] == ["series 4 (StackID 1)", "series 4 (StackID 2)"]
+    for one, volume in zip(series, alone, strict=True):
+        assert np.array_equal(one.volume().voxels, volume)
+
+
+def test_a_pair_in_one_series_is_a_pair(tmp_path: Path) -> None:
+    together = {"SeriesInstanceUID": uid(0, "pre"), "SeriesNumber": "4", "AcquisitionNumber": "2"}
+    pair = choose_pair(read_study(written(tmp_path, make_pair(low_changes=together).all)))
+    assert (pair.pre.part, pair.low.part) == ("AcquisitionNumber 1", "AcquisitionNumber 2")
+
+
+def test_slices_that_are_there_twice_and_say_nothing_apart_stay_an_irregular_series(tmp_path: Path) -> None:
+    pair = make_pair(low_changes={"SeriesInstanceUID": uid(0, "pre"), "SeriesNumber": "4"})
+    series = read_study(written(tmp_path, pair.all)).series
+    assert [one.fault and one.fault.reason for one in series] == [Reason.IRREGULAR_GEOMETRY]
+
+
+def test_a_dynamic_examination_in_one_series_is_not_taken_apart(tmp_path: Path) -> None:
+    phases = []
+    for phase in range(6):
+        changes = {"TemporalPositionIdentifier": str(phase)}
+        for k, dataset in enumerate(make_pair(pre_changes=changes, rows=8, columns=8).pre):
+            dataset.SOPInstanceUID = uid("phase", phase, k)
+            phases.append(dataset)
+    series = read_study(written(tmp_path, phases)).series
+    assert [one.fault and one.fault.reason for one in series] == [Reason.IRREGULAR_GEOMETRY]
 
 
 @pytest.mark.parametrize("syntax", [RLELossless, JPEG2000Lossless, JPEGLSLossless])
