@@ -57,6 +57,7 @@ JOB_EXAMPLE: dict[str, Any] = {
     "created_at": "2031-05-04T03:02:01Z",
     "updated_at": "2031-05-04T03:02:09Z",
     "due_at": None,
+    "superseded_by": None,
 }
 STEP_EXAMPLE: dict[str, Any] = {
     "at": "2031-05-04T03:02:01Z",
@@ -121,6 +122,7 @@ class JobOut(BaseModel):
     created_at: datetime
     updated_at: datetime
     due_at: datetime | None = Field(description="Backing off until then")
+    superseded_by: str | None = Field(description="The job that was made when more of the study had arrived")
 
     @classmethod
     def of(cls, job: Job) -> Self:

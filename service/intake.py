@@ -80,14 +80,14 @@ class Intake:
         """Start a job over what has arrived of a study, without waiting for more.
 
         Returns:
-            The job, and whether it is new; the same input and options give the same job.
+            The job, and whether it is new; the same input and options give the same job, and so does a look at the
+            study that somebody else's was later than.
         """
         instances = self._ledger.instances(study_uid)
         chosen, _ = _choose(instances, options)
         job, created = self._ledger.create_job(study_uid, chosen, options, source, considered=instances)
         if created:
             LOG.info("job created", job_id=job.id, study=pseudonym(study_uid), count=len(chosen), actor=source)
-            self._supersede(job)
             self._enqueue(job)
         return job, created
 
@@ -123,13 +123,6 @@ class Intake:
         else:
             self._seen_unready[study.study_uid] = study.instances
         return is_pair
-
-    def _supersede(self, job: Job) -> None:
-        """More of a study has arrived: what was to be computed from less of it is no longer wanted."""
-        for other in self._ledger.jobs(states=[State.QUEUED, State.RUNNING], study_uid=job.study_uid):
-            if other.id != job.id and other.options == job.options:
-                self._ledger.cancel(other.id, ACTOR, f"superseded by job {job.id}: more images arrived")
-                LOG.info("job superseded", job_id=other.id, study=pseudonym(job.study_uid))
 
     def _give_up_attempt(self, job: Job) -> None:
         """The worker is silent: another may try, unless enough have."""

@@ -92,3 +92,4 @@ class Job:
     tries: int = 0  # claims since a person last asked for it: what `max_attempts` limits
     due_at: datetime | None = None  # backing off: not before this moment
     worker: str = ""  # who holds, or last held, the lease
+    superseded_by: str | None = None  # the job that was made when more of the study had arrived

@@ -14,7 +14,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 from pathlib import Path
@@ -54,6 +54,8 @@ MIGRATION_LOCK = 0x10_36AD  # any constant: serialises migrations of several pro
 BUSY_SECONDS = 30  # how long a writer waits for the others on SQLite
 LEASED = (State.RUNNING, State.DELIVERING)
 UNDER_WAY = (State.QUEUED, State.RUNNING, State.DELIVERING)
+NOT_COMPUTED = (State.QUEUED, State.RUNNING, State.NEEDS_REVIEW)
+ACTOR = "ledger"  # of what follows from something else, for the history
 AFRESH: dict[str, Any] = {
     "tries": 0,
     "due_at": None,
@@ -265,6 +267,10 @@ class Ledger:
     ) -> tuple[Job, bool]:
         """A job over exactly these instances; the job that already exists for the same input and options, if any.
 
+        A study only grows, so of two jobs with the same options the one that was made from more of it is wanted: the
+        other is marked as superseded, and stopped where it was not computed yet. A caller who looked at the study
+        before somebody else did is given the other's job. Callers at the same moment are served one after the other.
+
         Args:
             study_uid: the study they belong to.
             instances: the input.
@@ -273,19 +279,19 @@ class Ledger:
             considered: instances of the study that were looked at and are not input; they stop waiting, too.
 
         Returns:
-            The job, and whether this call made it.
+            The job, and whether it has to be computed because of this call.
         """
+        looked_at = {item.sop_instance_uid for item in [*instances, *considered]}
         fresh = _new_job(study_uid, instances, options, source, self._clock())
-        table = schema.jobs
-        same = and_(table.c.input_hash == fresh.input_hash, table.c.options_hash == _options_hash(options))
         with self._engine.begin() as connection:
-            created = _insert_new(connection, table, [_job_row(fresh)]) > 0
-            job = _job(connection.execute(select(table).where(same)).one())
-            if created:
-                inputs = [{"job_id": job.id, "sop_instance_uid": item.sop_instance_uid} for item in instances]
-                _insert_new(connection, schema.job_inputs, inputs)
-                _record(connection, job, None, actor=source, at=job.created_at)
-            _stop_waiting(connection, job.id, [*instances, *considered])
+            _one_at_a_time(connection, study_uid)
+            rivals = _jobs_alike(connection, study_uid, options)
+            newest = max(rivals, key=lambda row: row.considered, default=None)
+            if newest is not None and newest.considered > len(looked_at):
+                job, created = _job(newest), False
+            else:
+                job, created = self._wanted(connection, fresh, instances, len(looked_at), rivals)
+            _stop_waiting(connection, job.id, sorted(looked_at))
         return job, created
 
     def job(self, job_id: str) -> Job | None:
@@ -564,6 +570,41 @@ class Ledger:
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
+    def _wanted(
+        self,
+        connection: Connection,
+        fresh: Job,
+        instances: Sequence[Instance],
+        considered: int,
+        rivals: Sequence[Row[Any]],
+    ) -> tuple[Job, bool]:
+        """Insert the job, or take the one with the same input; supersede the others."""
+        table, now = schema.jobs, fresh.created_at
+        known = next((row for row in rivals if row.input_hash == fresh.input_hash), None)
+        outdated = [row for row in rivals if row.considered < considered and not row.superseded_by and row is not known]
+        if known is None:
+            late = "; ".join(f"re-opens job {row.id} ({row.state}): more images arrived" for row in outdated)
+            fresh = replace(fresh, detail=late)
+            connection.execute(table.insert().values(_job_row(fresh) | {"considered": considered}))
+            inputs = [{"job_id": fresh.id, "sop_instance_uid": item.sop_instance_uid} for item in instances]
+            _insert_new(connection, schema.job_inputs, inputs)
+            _record(connection, fresh, None, actor=fresh.source, at=now)
+        job_id = fresh.id if known is None else known.id
+        values = {"considered": considered, "superseded_by": None}
+        row = connection.execute(update(table).where(table.c.id == job_id).values(values).returning(table)).one()
+        for other in outdated:
+            self._supersede(connection, other.id, job_id)
+        if known is not None and known.superseded_by and known.state == State.CANCELLED.value:
+            row = self._swap(connection, job_id, [State.CANCELLED], State.QUEUED, AFRESH, actor=fresh.source) or row
+        return _job(row), known is None or row.state != known.state
+
+    def _supersede(self, connection: Connection, job_id: str, by: str) -> None:
+        """What was made from less of a study, and is not computed yet or waits for a person, is stopped."""
+        table = schema.jobs
+        connection.execute(update(table).where(table.c.id == job_id).values(superseded_by=by))
+        values = {"detail": f"superseded by job {by}: more images arrived", "lease_until": None, "due_at": None}
+        self._swap(connection, job_id, NOT_COMPUTED, State.CANCELLED, values, actor=ACTOR)
+
     def _read(self, query: Any) -> Sequence[Row[Any]]:
         with self._reader.connect() as connection:
             return connection.execute(query).all()
@@ -689,9 +730,22 @@ def _insert_new(connection: Connection, table: Table, rows: Sequence[dict[str, A
     return sum(len(connection.execute(new.values(row)).all()) for row in rows)
 
 
-def _stop_waiting(connection: Connection, job_id: str, instances: Sequence[Instance]) -> None:
+def _one_at_a_time(connection: Connection, study_uid: str) -> None:
+    """Let no other transaction make a job of this study. SQLite has one writer anyway."""
+    if connection.dialect.name == "postgresql":
+        key = int.from_bytes(hashlib.sha256(study_uid.encode()).digest()[:8], signed=True)
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
+
+
+def _jobs_alike(connection: Connection, study_uid: str, options: JobOptions) -> Sequence[Row[Any]]:
+    table = schema.jobs
+    query = select(table).where(table.c.study_uid == study_uid, table.c.options_hash == _options_hash(options))
+    return connection.execute(query).all()
+
+
+def _stop_waiting(connection: Connection, job_id: str, sop_instance_uids: Sequence[str]) -> None:
     table = schema.instances
-    for some in _batches([item.sop_instance_uid for item in instances]):
+    for some in _batches(sop_instance_uids):
         connection.execute(update(table).where(table.c.sop_instance_uid.in_(some)).values(job_id=job_id))
 
 
@@ -799,6 +853,7 @@ def _job(row: Row[Any]) -> Job:
         tries=row.tries,
         due_at=row.due_at,
         worker=row.worker or "",
+        superseded_by=row.superseded_by,
     )
 
 

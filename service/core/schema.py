@@ -83,6 +83,8 @@ jobs = Table(
     Column("lease_until", Utc),  # a live lease: nobody else may work on the job
     Column("due_at", Utc),  # backing off: not before this moment
     Column("enqueued_at", Utc),  # when a message was last handed to the broker
+    Column("considered", Integer, nullable=False, server_default=text("0")),  # instances of the study it was made from
+    Column("superseded_by", String(32)),  # the job that was made when more of the study had arrived
     UniqueConstraint("input_hash", "options_hash", name="one_job_per_input_and_options"),
     Index("jobs_by_state", "state", "created_at"),
     Index("jobs_by_age", "created_at", "id"),

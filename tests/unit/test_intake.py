@@ -144,7 +144,18 @@ def test_a_late_slice_makes_a_new_job_and_supersedes_the_one_that_lacked_it(site
     site.receive(LOW[-1:])
     new, old = site.sweep_after(site.settings.settle_seconds)
     assert (new.state, old.state) == (State.QUEUED, State.CANCELLED)
-    assert new.id in old.detail
+    assert (old.superseded_by, old.detail) == (new.id, f"superseded by job {new.id}: more images arrived")
+    assert site.ledger.history(new.id)[0].detail == f"re-opens job {old.id} (QUEUED): more images arrived"
+
+
+def test_an_upload_that_looked_before_the_last_slice_came_does_not_cancel_the_job_that_has_it(site: Site) -> None:
+    site.receive(PRE + LOW[:-1])
+    early = site.ledger.instances(STUDY)
+    site.receive(LOW[-1:])
+    [whole] = site.sweep_after(site.settings.settle_seconds)
+    told, created = site.ledger.create_job(STUDY, early, whole.options, "rest")  # as an upload that was a moment slower
+    assert (told.id, created) == (whole.id, False)
+    assert [job.state for job in site.ledger.jobs()] == [State.QUEUED]
 
 
 def test_our_own_results_coming_back_from_the_archive_start_nothing(site: Site) -> None:

@@ -156,7 +156,6 @@ def test_the_same_input_and_options_give_the_same_job(ledger: Ledger) -> None:
     assert created
     assert ledger.create_job("1.2.3", [two, one], JobOptions(), "dimse:X") == (job, False)
     assert ledger.create_job("1.2.3", [one, two], JobOptions(engine="linear"), "rest")[1]
-    assert ledger.create_job("1.2.3", [one], JobOptions(), "rest")[1]
 
 
 def test_eight_requests_for_the_same_job_make_one(ledger: Ledger) -> None:
@@ -166,6 +165,63 @@ def test_eight_requests_for_the_same_job_make_one(ledger: Ledger) -> None:
     assert sum(created for _, created in answers) == 1
     assert len({job.id for job, _ in answers}) == 1
     assert states(ledger, answers[0][0]) == [State.QUEUED]
+
+
+def test_the_job_made_from_more_of_a_study_wins_whoever_comes_first(ledger: Ledger) -> None:
+    early, late = an_instance(1), an_instance(2)
+    for instance in (early, late):
+        ledger.add_instance(instance)
+    larger, created = ledger.create_job("1.2.3", [early, late], JobOptions(), "sweep")
+    assert created
+    assert ledger.create_job("1.2.3", [early], JobOptions(), "rest") == (larger, False)
+    assert [job.id for job in ledger.jobs()] == [larger.id]
+    assert ledger.studies_waiting() == []
+
+
+def test_of_jobs_made_at_the_same_moment_the_one_from_the_whole_study_stays(ledger: Ledger) -> None:
+    instances = [an_instance(number) for number in range(8)]
+    for instance in instances:
+        ledger.add_instance(instance)
+    at_the_same_time(8, lambda n: ledger.create_job("1.2.3", instances[: n + 1], JobOptions(), "rest"))
+    *_, whole = sorted(ledger.jobs(), key=lambda job: len(ledger.inputs(job.id)))
+    assert (len(ledger.inputs(whole.id)), whole.state, whole.superseded_by) == (8, State.QUEUED, None)
+    others = [job for job in ledger.jobs() if job.id != whole.id]
+    assert all(job.state is State.CANCELLED and job.superseded_by for job in others)
+
+
+@pytest.mark.parametrize("end", [State.REJECTED, State.NEEDS_REVIEW, State.FAILED])
+def test_a_late_instance_re_opens_a_study_that_had_ended_and_both_jobs_say_so(ledger: Ledger, end: State) -> None:
+    old, late = a_job(ledger, 1), an_instance(2)
+    ledger.claim(old.id, "worker", 60)
+    ledger.move(old.id, [State.RUNNING], end, actor="worker")
+    ledger.add_instance(late)
+    new, created = ledger.create_job("1.2.3", [an_instance(1), late], JobOptions(), "rest")
+    assert created
+    assert ledger.history(new.id)[0].detail == f"re-opens job {old.id} ({end.value}): more images arrived"
+    known = ledger.job(old.id)
+    assert known is not None
+    assert (known.superseded_by, new.superseded_by) == (new.id, None)
+    assert known.state is (State.CANCELLED if end is State.NEEDS_REVIEW else end)
+
+
+def test_a_job_that_was_superseded_and_is_wanted_again_runs_again(ledger: Ledger) -> None:
+    first, disturbing = an_instance(1), an_instance(2)
+    old = a_job(ledger, 1)
+    ledger.add_instance(disturbing)
+    between, _ = ledger.create_job("1.2.3", [first, disturbing], JobOptions(), "rest")
+    ledger.add_instance(an_instance(3))
+    again, created = ledger.create_job("1.2.3", [first], JobOptions(), "rest", [disturbing, an_instance(3)])
+    assert (again.id, again.state, again.superseded_by, created) == (old.id, State.QUEUED, None, True)
+    outdated = ledger.job(between.id)
+    assert outdated is not None
+    assert (outdated.state, outdated.superseded_by) == (State.CANCELLED, old.id)
+
+
+def test_a_job_with_other_options_is_not_superseded(ledger: Ledger) -> None:
+    old, late = a_job(ledger, 1), an_instance(2)
+    ledger.add_instance(late)
+    ledger.create_job("1.2.3", [an_instance(1), late], JobOptions(engine="linear"), "rest")
+    assert ledger.job(old.id) == old
 
 
 def test_jobs_are_listed_newest_first_in_pages(ledger: Ledger, clock: Clock) -> None:
