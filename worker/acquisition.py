@@ -20,8 +20,8 @@ from models.agents import AGENTS, BY_NAME, Agent, find_agent
 from models.condition import Conditions
 from models.preprocess import Prepared
 from service.core.errors import Permanent, Reason
+from service.core.header import items, number, texts
 from worker.pairing import Pair
-from worker.planes import items, number, texts
 from worker.study import Series
 
 T = TypeVar("T")

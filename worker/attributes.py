@@ -23,7 +23,7 @@ from pydicom.tag import BaseTag, Tag
 from pydicom.uid import MRImageStorage
 from pydicom.valuerep import VR, format_number_as_ds
 
-from worker.study import PRODUCT_NAME
+from service.core.header import PRODUCT_NAME
 
 INSTANCE_CREATOR_UID = "2.25.129812984864173981408840055848352892878"
 

@@ -26,9 +26,10 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from models.volume import Array
 from service.core.errors import Permanent, Reason
+from service.core.header import PRIVATE_CREATOR, PRIVATE_GROUP, PRODUCT_NAME, items, number, numbers, texts
 from worker.attributes import fill_table, without_private
-from worker.planes import Plane, items, number, numbers, texts
-from worker.study import PRIVATE_CREATOR, PRIVATE_GROUP, PRODUCT_NAME, Series, axes
+from worker.planes import Plane
+from worker.study import Series, axes
 
 _ROOT = uuid.UUID("5e0c8f0e-6b7a-4d0f-9a55-2f0f7d1f6c11")
 _IMPLEMENTATION_UID = f"2.25.{uuid.uuid5(_ROOT, 'implementation').int}"

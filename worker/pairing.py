@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from pydicom.dataset import Dataset
 
 from models.agents import find_agent
 from service.core.errors import Permanent, Reason
-from worker.planes import items, number, numbers, texts
+from service.core.header import has_contrast, numbers, texts, time_of_day, why_not_t1, words
 from worker.study import Series, Study, axes
 
 
@@ -44,7 +43,7 @@ def choose_pair(study: Study, pre_series_uid: str | None = None, low_series_uid:
     unknown = set(named) - {series.series_uid for series in study.series}
     if unknown or len(set(named)) != len(named):
         raise Permanent(Reason.AMBIGUOUS_SERIES, "a named series is not in the study, or one is named twice")
-    reasons = {series.series_uid: _why_not_t1(series) for series in study.series}
+    reasons = {series.series_uid: _why_not_usable(series) for series in study.series}
     usable = [series for series in study.series if series.series_uid in named or not reasons[series.series_uid]]
     if len(named) == 2:
         usable = [series for series in usable if series.series_uid in named]
@@ -105,50 +104,28 @@ def _decided(
 
 def _votes(pre: Series, low: Series) -> list[tuple[int, str]]:
     """What each witness says of this assignment: +1 for, -1 against, 0 silent."""
-    contrast = int(_has_contrast(low)) - int(_has_contrast(pre))
+    contrast = int(has_contrast(low.header)) - int(has_contrast(pre.header))
     order = _order(pre, low)
-    words = _words(low) - _words(pre)
+    described = int(np.sign(_words(low) - _words(pre)))
     said = {1: f"{pre.label} is pre-contrast", 0: "silent", -1: f"{low.label} is pre-contrast"}
     return [
         (contrast, f"contrast attributes: {said[contrast]}"),
         (order, f"time of acquisition: {said[order]}"),
-        (int(np.sign(words)), f"words of the description: {said[int(np.sign(words))]}"),
+        (described, f"words of the description: {said[described]}"),
     ]
-
-
-def _has_contrast(series: Series) -> bool:
-    """Whether the header says that contrast agent was in the patient when the series was acquired."""
-    header = series.header
-    usage = items(header, "ContrastBolusUsageSequence")
-    administered = [text for item in usage for text in texts(item, "ContrastBolusAgentAdministered")]
-    if administered:
-        return "YES" in administered
-    if texts(header, "ContrastBolusAgentPhase") == ["PRE_CONTRAST"]:
-        return False
-    agent = " ".join(texts(header, "ContrastBolusAgent")).casefold()
-    entered = agent not in {"", "-", "0", "n", "nein", "no", "no contrast", "none", "nativ", "native", "without"}
-    amounts = (number(header, "ContrastBolusVolume") or 0) + (number(header, "ContrastBolusTotalDose") or 0)
-    started, acquired = _time(header, "ContrastBolusStart"), _time(header, "Acquisition")
-    before_injection = bool(started and acquired and acquired < started)
-    return (entered or amounts > 0 or bool(items(header, "ContrastBolusAgentSequence"))) and not before_injection
 
 
 def _order(first: Series, second: Series) -> int:
     """+1 when `first` was acquired before `second`, -1 when after, 0 when the headers do not tell."""
     for event in ("Acquisition", "Series", "Content"):
-        starts = []
-        for series in (first, second):
-            moments = [(*texts(plane.header, f"{event}Date"), _time(plane.header, event)) for plane in series.planes]
-            starts.append(min(moments))
+        date, clock = f"{event}Date", f"{event}Time"
+        starts = [
+            min((*texts(plane.header, date), time_of_day(plane.header, clock)) for plane in series.planes)
+            for series in (first, second)
+        ]
         if all(len(start) == 2 and start[1] for start in starts):
             return int(starts[0] < starts[1]) - int(starts[0] > starts[1])
     return 0
-
-
-def _time(header: Dataset, event: str) -> str:
-    """A time of day (HHMMSS.FFFFFF) as text that sorts; empty when unknown."""
-    written = "".join(texts(header, f"{event}Time")[:1]).replace(":", "")
-    return f"{float(written.ljust(6, '0')):013.6f}" if re.fullmatch(r"\d{2,6}(\.\d*)?", written) else ""
 
 
 _WITHOUT = re.compile(
@@ -163,79 +140,19 @@ def _words(series: Series) -> int:
     """+1 when the description speaks of contrast agent, -1 when it denies it, 0 when it says neither or both."""
     for keyword in ("SeriesDescription", "ProtocolName"):
         text = " ".join(texts(series.header, keyword))
-        words = _split(text)
-        without, after = any(map(_WITHOUT.fullmatch, words)), any(map(_AFTER.fullmatch, words))
-        agent = any(map(_AGENT.fullmatch, words)) or find_agent(text) is not None
+        said = words(text)
+        without, after = any(map(_WITHOUT.fullmatch, said)), any(map(_AFTER.fullmatch, said))
+        agent = any(map(_AGENT.fullmatch, said)) or find_agent(text) is not None
         if without or after or agent:
             return int((after or agent) and not without) - int(without and not after)
     return 0
 
 
-def _split(text: str) -> list[str]:
-    return re.findall(r"w/o|\+c\b|\bc\+|\+gd\b|\bgd\+|[^\W\d_]+\d?", text.casefold())
-
-
-_OTHER_KINDS = frozenset(
-    {
-        "aahead",
-        "adc",
-        "asl",
-        "asset",
-        "b0",
-        "bold",
-        "cal",
-        "calibration",
-        "cine",
-        "dsc",
-        "dti",
-        "dwi",
-        "fieldmap",
-        "fmri",
-    }
-    | {
-        "loc",
-        "localiser",
-        "localizer",
-        "locator",
-        "mip",
-        "minip",
-        "mpr",
-        "mra",
-        "mrv",
-        "pd",
-        "perf",
-        "perfusion",
-        "plan",
-    }
-    | {"scout", "smartbrain", "sub", "subtraction", "survey", "swan", "swi", "t2", "tof", "trace"}
-)
-_OTHER_IMAGE_TYPES = frozenset(
-    {"ADC", "DIFFUSION", "IMAGINARY", "LOCALIZER", "MIN IP", "MIP", "MPR", "PHASE MAP", "PROJECTION IMAGE", "REAL"}
-    | {"REFORMATTED", "SUB", "SUBTRACTION", "P", "I", "R"}
-)
-
-
-def _why_not_t1(series: Series) -> str:
+def _why_not_usable(series: Series) -> str:
     """Why a series is no candidate for the pair, or an empty text."""
-    header = series.header
-    image_type = texts(header, "ImageType")
-    words = set(_split(" ".join(texts(header, "SeriesDescription") or texts(header, "ProtocolName"))))
-    if image_type[:1] == ["DERIVED"] or set(image_type[2:]) & _OTHER_IMAGE_TYPES:
-        return "derived, projected, phase or localizer images"
-    if words & _OTHER_KINDS or ("flair" in words and "t1" not in words):
-        return "named as another kind of image"
     if len(series.planes) <= 3:  # one per orientation; a volume with slices missing is refused as such, not overlooked
         return "too few slices"
-    return "" if _has_t1_timing(header) else "echo or repetition time is not that of a T1 sequence"
-
-
-def _has_t1_timing(header: Dataset) -> bool:
-    """Echo time short for the kind of echo, no echo-planar readout, and no long repetition without inversion."""
-    kinds = texts(header, "ScanningSequence")
-    echo_ms, repetition_ms = number(header, "EchoTime") or 0.0, number(header, "RepetitionTime") or 0.0
-    longest_echo_ms = 12 if kinds and "SE" not in kinds else 30
-    inverted = "IR" in kinds or (number(header, "InversionTime") or 0) > 0 or "MP" in texts(header, "SequenceVariant")
-    return "EP" not in kinds and echo_ms <= longest_echo_ms and (repetition_ms <= 1500 or inverted or "GR" in kinds)
+    return why_not_t1(series.header)
 
 
 def _differences(one: Series, other: Series) -> list[str]:

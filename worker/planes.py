@@ -24,7 +24,6 @@ from pydicom import dcmread
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.filereader import read_file_meta_info
-from pydicom.multival import MultiValue
 from pydicom.pixels.utils import pixel_array
 from pydicom.sequence import Sequence
 from pydicom.tag import Tag
@@ -33,6 +32,7 @@ from pydicom.valuerep import VR, format_number_as_ds
 
 from service.core.accepted import DAMAGE, SOP_CLASSES, TRANSFER_SYNTAXES
 from service.core.errors import Permanent, Reason
+from service.core.header import items, number, texts
 
 _MAX_SIDE = 2048
 _MAX_FRAMES = 4096
@@ -125,39 +125,6 @@ def read_instance(path: Path) -> Instance:
         raise Permanent(Reason.INPUT_LOST, "a file of the study is gone") from error
     except DAMAGE as error:
         raise Permanent(Reason.UNREADABLE_FILE, f"a file cannot be parsed ({type(error).__name__})") from error
-
-
-def number(header: Dataset, keyword: str) -> float | None:
-    """The first value of a numeric element as a finite float; None when absent, empty or not a number.
-
-    A decimal comma, which some consoles write, is read as a point.
-    """
-    return next(iter(numbers(header, keyword)), None)
-
-
-def numbers(header: Dataset, keyword: str) -> list[float]:
-    """All values of a numeric element as finite floats; empty when absent or when any of them is not a number."""
-    values = []
-    for text in texts(header, keyword):
-        try:
-            values.append(float(text.replace(",", ".")))
-        except ValueError:
-            return []
-    return values if all(map(math.isfinite, values)) else []
-
-
-def texts(header: Dataset, keyword: str) -> list[str]:
-    """All values of an element as stripped text, empty ones left out."""
-    value = header.get(keyword)
-    several = isinstance(value, MultiValue | list)
-    found = [str(item).strip() for item in (value if several else [value]) if item is not None]
-    return [text for text in found if text]
-
-
-def items(header: Dataset, keyword: str) -> list[Dataset]:
-    """The items of a sequence; empty when the element is absent or is no sequence."""
-    value = header.get(keyword)
-    return list(value) if isinstance(value, Sequence) else []
 
 
 def _parse(path: Path) -> FileDataset:

@@ -2,7 +2,7 @@
 
 Hides grouping, series that hold several volumes, and the order of slices (PS3.3 C.7.6.2.1.1); what makes one whole
 regular volume is decided in `service.core.series`, as for intake. Must never let through what is not one study of one
-patient, or images that lowgad made.
+patient, or images that lowgad made: those are set aside, and said to be.
 """
 
 from __future__ import annotations
@@ -21,11 +21,9 @@ from pydicom.dataset import Dataset
 from models.volume import Volume
 from service.core.accepted import HEAD_BYTES, SOP_CLASSES, may_be_image
 from service.core.errors import Permanent, Reason
+from service.core.header import is_synthetic, number, numbers, texts
 from service.core.series import STEP_TOLERANCE, Fault, HeaderSummary, geometry_faults
-from worker.planes import Instance, Plane, number, numbers, read_instance, texts
-
-PRODUCT_NAME = "lowgad"  # with the private block, how our own images are recognised
-PRIVATE_GROUP, PRIVATE_CREATOR = 0x4C47, "LOWGAD SYNTHCE 1"
+from worker.planes import Instance, Plane, read_instance
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class Study:
     study_uid: str
     series: tuple[Series, ...]
     ignored: tuple[str, ...] = ()
-    series_numbers: frozenset[int] = frozenset()  # of everything in the study, images or not
+    series_numbers: frozenset[int] = frozenset()  # of everything in the study that we did not make, images or not
 
 
 def find_files(folder: Path) -> list[Path]:
@@ -101,8 +99,9 @@ def read_study(paths: Iterable[Path], progress: Callable[[int, int], None] | Non
         progress: called with (files read, files in all).
 
     Raises:
-        Permanent: EMPTY_UPLOAD, UNREADABLE_FILE, UNSUPPORTED_OBJECT, TWO_PATIENTS, TWO_STUDIES, OWN_OUTPUT, NOT_MR.
-            A series that is not one whole volume is kept, with its fault, until it is needed.
+        Permanent: EMPTY_UPLOAD, UNREADABLE_FILE, UNSUPPORTED_OBJECT, TWO_PATIENTS, TWO_STUDIES, NOT_MR, OWN_OUTPUT
+            (nothing but synthetic images). A series that is not one whole volume is kept, with its fault, until it
+            is needed.
     """
     all_paths = list(paths)
     if not all_paths:
@@ -113,14 +112,14 @@ def read_study(paths: Iterable[Path], progress: Callable[[int, int], None] | Non
         if progress:
             progress(count, len(all_paths))
     _refuse_mixture(instances)
-    _refuse_own_output(instances)
+    instances, own = _set_own_aside(instances)
     images = _without_copies([instance for instance in instances if instance.planes])
     if not images:
         is_mr = any(instance.header.get("SOPClassUID") in SOP_CLASSES for instance in instances)
         raise Permanent(Reason.UNSUPPORTED_OBJECT if is_mr else Reason.NOT_MR, "; ".join(_others(instances)))
     series = sorted(_grouped(images), key=lambda one: (number(one.header, "SeriesNumber") or 0, one.series_uid))
     numbers_in_use = frozenset(int(number(instance.header, "SeriesNumber") or 0) for instance in instances)
-    return Study(str(images[0].header.StudyInstanceUID), tuple(series), tuple(_others(instances)), numbers_in_use)
+    return Study(str(images[0].header.StudyInstanceUID), tuple(series), (*own, *_others(instances)), numbers_in_use)
 
 
 def _refuse_mixture(instances: Sequence[Instance]) -> None:
@@ -139,13 +138,13 @@ def _plain(text: str) -> str:
     return re.sub(r"[\s^]+", " ", text.split("=", maxsplit=1)[0]).strip().casefold()
 
 
-def _refuse_own_output(instances: Sequence[Instance]) -> None:
-    for instance in instances:
-        header = instance.header
-        makers = [text.casefold() for key in ("Manufacturer", "ManufacturerModelName") for text in texts(header, key)]
-        marked = PRIVATE_CREATOR in header.private_creators(PRIVATE_GROUP)
-        if texts(header, "SyntheticData") == ["YES"] or PRODUCT_NAME in makers or marked:
-            raise Permanent(Reason.OWN_OUTPUT, "SyntheticData is YES, or the manufacturer or a private block is ours")
+def _set_own_aside(instances: Sequence[Instance]) -> tuple[list[Instance], list[str]]:
+    """What others made, and what is said of the rest: a result is never the input of another."""
+    others = [instance for instance in instances if not is_synthetic(instance.header)]
+    own = len(instances) - len(others)
+    if not others:
+        raise Permanent(Reason.OWN_OUTPUT, f"{own} of {own} objects")
+    return others, [f"{own} x synthetic image (SyntheticData is YES, or lowgad made it)"] if own else []
 
 
 def _without_copies(instances: Sequence[Instance]) -> list[Instance]:

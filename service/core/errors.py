@@ -42,7 +42,10 @@ class Reason(Enum):
         "A series is not one regular volume (mixed orientations, duplicated positions or unequal spacing).",
     )
     UNREADABLE_FILE = (Outcome.REJECTED, "At least one file is not readable DICOM or its pixel data is incomplete.")
-    OWN_OUTPUT = (Outcome.REJECTED, "The study holds images that lowgad made. They are never used as input.")
+    OWN_OUTPUT = (
+        Outcome.REJECTED,
+        "All images are synthetic, made by lowgad or its like. They are never used as input.",
+    )
     STANDARD_DOSE = (
         Outcome.REJECTED,
         "The post-contrast series was acquired at about the standard dose; there is nothing to synthesise.",

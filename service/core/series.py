@@ -1,15 +1,13 @@
 """What headers alone tell about series: which is one whole regular volume and looks like T1, which two are a pair.
 
-Hides the three ways MR images carry geometry and timing: classic MR (PS3.3 A.4), Enhanced MR and Legacy Converted
-Enhanced MR (functional groups, PS3.3 C.7.6.16). Pure Python over a summary of numbers, so that intake can ask again
-whenever an image arrives. Must never touch pixels, and must never keep anything that identifies a patient: a summary
-is stored in the ledger. It only decides *when* to start; the worker decides from the images whether it may.
+Hides what makes planes one regular volume (PS3.3 C.7.6.2.1.1). Pure Python over a summary of numbers, so that intake
+can ask again whenever an image arrives. Must never touch pixels, and never keep anything that identifies a patient: a
+summary is stored in the ledger. It only decides *when* to start; the worker decides from the images whether it may.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from statistics import median
@@ -17,9 +15,9 @@ from typing import Any, Self
 
 from pydantic import TypeAdapter
 from pydicom.dataset import Dataset
-from pydicom.multival import MultiValue
 
 from service.core.errors import Reason
+from service.core.header import has_contrast, is_synthetic, number, texts, values, why_not_t1
 
 Vector = tuple[float, float, float]
 
@@ -28,7 +26,6 @@ DRIFT_TOLERANCE_MM = 0.25  # planes of one volume lie exactly above each other
 COSINE_TOLERANCE = 1e-3
 SPACING_TOLERANCE_MM = 1e-3
 MIN_PLANES = 8  # fewer is a localizer, not a volume of the brain
-NOT_ACQUIRED = frozenset({"DERIVED", "SECONDARY", "LOCALIZER", "SUBTRACTION", "SUB", "MPR", "MIP", "PROJECTION IMAGE"})
 
 
 @dataclass(frozen=True)
@@ -50,10 +47,9 @@ class HeaderSummary:
     columns: int = 0
     frame_of_reference_uid: str = ""
     images_in_acquisition: int | None = None
-    is_acquired: bool = False  # MR, and neither derived nor a localizer
-    looks_t1: bool = False
+    looks_t1: bool = False  # and is acquired: neither derived nor a localizer
     has_contrast: bool = False
-    is_synthetic: bool = False  # made by lowgad or its like: (0008,001C) is YES, or we are the manufacturer
+    is_synthetic: bool = False  # made by lowgad or its like: see `service.core.header.is_synthetic`
 
     @classmethod
     def of(cls, header: Dataset) -> Self:
@@ -63,14 +59,13 @@ class HeaderSummary:
             positions_mm=tuple((x, y, z) for x, y, z in _vectors(header, "ImagePositionPatient", 3)),
             orientation=orientations.pop() if len(orientations) == 1 else (),
             pixel_spacing_mm=next(_vectors(header, "PixelSpacing", 2), ()),
-            rows=int(_number(header, "Rows") or 0),
-            columns=int(_number(header, "Columns") or 0),
-            frame_of_reference_uid=str(_value(header, "FrameOfReferenceUID") or ""),
-            images_in_acquisition=int(_number(header, "ImagesInAcquisition") or 0) or None,
-            is_acquired=_is_acquired(header),
-            looks_t1=_looks_t1(header),
-            has_contrast=_has_contrast(header),
-            is_synthetic=_is_synthetic(header),
+            rows=int(number(header, "Rows") or 0),
+            columns=int(number(header, "Columns") or 0),
+            frame_of_reference_uid="".join(texts(header, "FrameOfReferenceUID")[:1]),
+            images_in_acquisition=int(number(header, "ImagesInAcquisition") or 0) or None,
+            looks_t1=not why_not_t1(header),
+            has_contrast=has_contrast(header),
+            is_synthetic=is_synthetic(header),
         )
 
     @classmethod
@@ -120,8 +115,8 @@ def find_pair(series: Mapping[str, Sequence[HeaderSummary]]) -> tuple[str, str] 
 
 
 def _is_t1_volume(items: Sequence[HeaderSummary]) -> bool:
-    kind = {(item.is_acquired, item.looks_t1, item.has_contrast) for item in items}
-    return len(kind) == 1 and items[0].is_acquired and items[0].looks_t1 and not geometry_faults(items)
+    kind = {(item.looks_t1, item.has_contrast, item.is_synthetic) for item in items}
+    return len(kind) == 1 and items[0].looks_t1 and not items[0].is_synthetic and not geometry_faults(items)
 
 
 def _agree(one: Sequence[HeaderSummary], other: Sequence[HeaderSummary]) -> bool:
@@ -171,78 +166,11 @@ def _dot(a: Sequence[float], b: Sequence[float]) -> float:
     return sum(x * y for x, y in zip(a, b, strict=True))
 
 
-# --- header access ----------------------------------------------------------------------------------------------------
-
-
-def _groups(header: Dataset) -> Iterator[Dataset]:
-    """Where an attribute may stand: the header itself, then the shared and each frame's functional groups."""
-    yield header
-    for keyword in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
-        for item in header.get(keyword) or ():
-            for element in item:
-                if element.VR == "SQ" and element.value:
-                    yield element.value[0]
-
-
-def _values(header: Dataset, keyword: str) -> Iterator[Any]:
-    return (value for group in _groups(header) if (value := group.get(keyword)) not in (None, ""))
-
-
-def _value(header: Dataset, keyword: str) -> Any:  # the type is the element's
-    return next(_values(header, keyword), None)
-
-
-def _number(header: Dataset, *keywords: str) -> float | None:
-    for value in (_value(header, keyword) for keyword in keywords):
-        with contextlib.suppress(TypeError, ValueError):  # TypeError: absent, or several values
-            return float(value)
-    return None
-
-
 def _vectors(header: Dataset, keyword: str, length: int) -> Iterator[tuple[float, ...]]:
-    for value in _values(header, keyword):
+    for value in values(header, keyword):
         try:
             vector = tuple(float(component) for component in value)
         except (TypeError, ValueError):
             continue
         if len(vector) == length:
             yield vector
-
-
-def _texts(header: Dataset, keyword: str) -> frozenset[str]:
-    value = _value(header, keyword)
-    many: Iterable[Any] = () if value is None else value if isinstance(value, MultiValue) else [value]
-    return frozenset(str(part).strip().upper() for part in many)
-
-
-def _is_acquired(header: Dataset) -> bool:
-    return _texts(header, "Modality") == {"MR"} and not _texts(header, "ImageType") & NOT_ACQUIRED
-
-
-def _is_synthetic(header: Dataset) -> bool:
-    return "YES" in _texts(header, "SyntheticData") or "LOWGAD" in _texts(header, "Manufacturer")
-
-
-def _has_contrast(header: Dataset) -> bool:
-    administered = _texts(header, "ContrastBolusAgentAdministered")  # PS3.3 C.7.6.16.2.12
-    if administered:
-        return administered == {"YES"}
-    agent = {text for text in _texts(header, "ContrastBolusAgent") if text not in {"", "NO", "NONE", "N", "NIL", "0"}}
-    return bool(agent or header.get("ContrastBolusAgentSequence"))
-
-
-def _looks_t1(header: Dataset) -> bool:
-    """T1 weighting by timing: short TR and TE, or an inversion of 0.3 to 1.5 s; neither EPI nor angiography."""
-    repetition_ms, echo_ms = _number(header, "RepetitionTime"), _number(header, "EchoTime", "EffectiveEchoTime")
-    inversion_ms = _number(header, "InversionTime", "InversionTimes")
-    sequence = _texts(header, "ScanningSequence") | _texts(header, "EchoPulseSequence")
-    if repetition_ms is None or echo_ms is None or "EP" in sequence or "Y" in _texts(header, "AngioFlag"):
-        return False
-    if inversion_ms:
-        return 300 <= inversion_ms <= 1500 and echo_ms <= 30
-    if "SE" in sequence or "SPIN" in sequence:
-        return repetition_ms <= 1300 and echo_ms <= 35
-    is_prepared = (
-        "IR" in sequence or "YES" in _texts(header, "InversionRecovery") or "MP" in _texts(header, "SequenceVariant")
-    )
-    return echo_ms <= 12 and repetition_ms <= (3500 if is_prepared else 60)

@@ -31,7 +31,6 @@ REFUSED = {
     "not_dicom": Reason.UNREADABLE_FILE,
     "empty_file": Reason.UNREADABLE_FILE,
     "absurd_size": Reason.UNSUPPORTED_OBJECT,
-    "own_output": Reason.OWN_OUTPUT,
     "standard_dose": Reason.STANDARD_DOSE,
 }
 PATIENT_DATA = ("Phantom^", "PHANTOM", "SYNTH0", "Else^", "SOMEBODY")  # in the headers of the studies below
@@ -103,7 +102,7 @@ def test_a_folder_without_images_is_rejected(tmp_path: Path) -> None:
     assert_refused(run(tmp_path / "study", tmp_path / "out"), tmp_path / "out", Reason.EMPTY_UPLOAD)
 
 
-def test_after_a_refusal_a_good_study_works_its_output_is_refused_as_input_and_no_stale_result_is_left(
+def test_after_a_refusal_a_good_study_works_its_output_is_no_input_and_no_stale_result_is_left(
     tmp_path: Path, good_study: Path
 ) -> None:
     out = tmp_path / "out"
@@ -111,8 +110,15 @@ def test_after_a_refusal_a_good_study_works_its_output_is_refused_as_input_and_n
     assert run(tmp_path / "bad", out).exit_code == 4
     assert run(good_study, out).exit_code == 0
     assert len(list((out / "sd").glob("*.dcm"))) == len(list((out / "sd_plus").glob("*.dcm"))) == 96
-    shutil.copytree(out / "sd", tmp_path / "sent_back")
+    shutil.copytree(out / "sd", tmp_path / "sent_back" / "sd")
     assert_refused(run(tmp_path / "sent_back", out), out, Reason.OWN_OUTPUT)
+    # Beside its sources it is set aside, and the result is the same again.
+    shutil.copytree(good_study, tmp_path / "sent_back" / "sources")
+    assert run(tmp_path / "sent_back", out).exit_code == 0
+    set_aside = json.loads((out / "report.json").read_text())["series"]["set_aside"]
+    assert any(line.startswith("96 x synthetic image") for line in set_aside)
+    first, again = (pydicom.dcmread(folder / "0001.dcm") for folder in (tmp_path / "sent_back" / "sd", out / "sd"))
+    assert (first.SOPInstanceUID, first.SeriesNumber) == (again.SOPInstanceUID, again.SeriesNumber)
 
 
 def test_series_that_a_caller_named_the_wrong_way_round_need_review(tmp_path: Path, good_study: Path) -> None:

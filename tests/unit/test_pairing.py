@@ -66,6 +66,7 @@ def test_attributes_times_and_words_that_agree_decide(tmp_path: Path) -> None:
         ("t1 sans gado", "t1 apres gado"),
         ("T1 pre-Gd", "T1 post-Gd"),
         ("Ax BRAVO", "Ax BRAVO Dotarem"),
+        ("t1_mpr_ns_sag", "t1_mpr_ns_sag_KM"),  # short for MPRAGE; reformatted images say so in ImageType
     ],
 )
 def test_words_and_times_decide_where_the_console_wrote_the_agent_everywhere(

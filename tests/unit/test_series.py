@@ -8,6 +8,7 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
 from service.core.errors import Reason
+from service.core.header import why_not_t1
 from service.core.series import HeaderSummary, find_pair, geometry_faults
 from tests.factories import make_pair
 
@@ -130,6 +131,28 @@ def test_every_usual_t1_sequence_counts(sequence: str) -> None:
 def test_what_is_no_acquired_t1_volume_of_the_same_place_is_no_partner(changes: dict[str, Any]) -> None:
     pair = make_pair(low_changes=changes)
     assert find_pair({"pre": summaries(pair.pre), "low": summaries(pair.low)}) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({}, ""),
+        ({"EchoTime": "3.568", "RepetitionTime": "256.44"}, ""),  # two-dimensional gradient echo
+        ({"ScanningSequence": "SE", "RepetitionTime": "1400", "EchoTime": "34"}, ""),
+        ({"ScanningSequence": ["SE", "IR"], "InversionTime": "860", "RepetitionTime": "2500", "EchoTime": "9"}, ""),
+        ({"EchoTime": "20"}, "not that of a T1"),
+        ({"ScanningSequence": "SE", "RepetitionTime": "2400"}, "not that of a T1"),
+        ({"InversionTime": "160"}, "inversion time"),
+        ({"EchoTime": None}, "missing"),
+        ({"SeriesDescription": "SWI"}, "named"),
+        ({"ImageType": ["ORIGINAL", "SECONDARY"]}, "derived"),
+    ],
+)
+def test_one_rule_says_what_is_no_t1_image_and_why(changes: dict[str, Any], why: str) -> None:
+    header = make_pair(sequence="SPGR", pre_changes=changes).pre[0]
+    assert why in why_not_t1(header)
+    assert bool(why) == bool(why_not_t1(header))
+    assert HeaderSummary.of(header).looks_t1 == (not why)
 
 
 def test_series_of_different_lengths_are_no_pair() -> None:

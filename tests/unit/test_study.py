@@ -60,7 +60,6 @@ def refusal(folder: Path, **options: Any) -> Reason:
         ("two_patients", Reason.TWO_PATIENTS),
         ("two_studies", Reason.TWO_STUDIES),
         ("not_mr", Reason.NOT_MR),
-        ("own_output", Reason.OWN_OUTPUT),
         ("gap_in_pre", Reason.MISSING_SLICES),
         ("gap_in_low", Reason.MISSING_SLICES),
         ("short_low", Reason.MISSING_SLICES),
@@ -73,7 +72,14 @@ def test_a_study_that_cannot_be_processed_ends_in_its_reason(tmp_path: Path, odd
     assert refusal(tmp_path, odd=[odd], slices=12) is reason
 
 
-@pytest.mark.parametrize(("odd", "told"), [("ct_beside", "CT Image Storage"), ("localizer", "series 1")])
+@pytest.mark.parametrize(
+    ("odd", "told"),
+    [
+        ("ct_beside", "CT Image Storage"),
+        ("localizer", "series 1"),
+        ("own_output", "8 x synthetic image"),
+    ],
+)
 def test_other_series_beside_a_good_pair_are_ignored_and_listed(tmp_path: Path, odd: str, told: str) -> None:
     pair = choose_pair(read_study(write_study(tmp_path, odd=[odd])))
     assert (pair.pre.label, pair.low.label) == ("series 4", "series 9")
@@ -107,8 +113,12 @@ def test_any_of_our_marks_alone_keeps_our_images_from_being_input(tmp_path: Path
             dataset.private_block(0x4C47, "LOWGAD SYNTHCE 1", create=True)
         else:
             setattr(dataset, mark, {"SyntheticData": "YES", "Manufacturer": "lowgad"}[mark])
+    paths = written(tmp_path, pair.all)
+    study = read_study(paths)
+    assert [series.label for series in study.series] == ["series 4"]
+    assert "8 x synthetic image (SyntheticData is YES, or lowgad made it)" in study.ignored
     with pytest.raises(Permanent) as refused:
-        read_study(written(tmp_path, pair.all))
+        read_study(paths[8:])
     assert refused.value.reason is Reason.OWN_OUTPUT
 
 

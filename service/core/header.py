@@ -1,0 +1,167 @@
+"""What one header says: values, wherever they stand, and whether the image is T1, with contrast agent, or made by us.
+
+Hides where attributes stand in classic MR (PS3.3 A.4) and in Enhanced MR (functional groups, PS3.3 C.7.6.16), and the
+habits of scanners. The one set of rules for intake, which asks of headers as they arrive, and for the worker. Must
+never touch pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from pydicom.dataset import Dataset
+from pydicom.multival import MultiValue
+from pydicom.sequence import Sequence
+
+PRODUCT_NAME = "lowgad"  # with the private block, how our own images are recognised
+PRIVATE_GROUP, PRIVATE_CREATOR = 0x4C47, "LOWGAD SYNTHCE 1"
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+def values(header: Dataset, keyword: str) -> Iterator[Any]:
+    """Every value of an element that is not empty: of the header itself, then of its functional groups in order."""
+    return (value for group in _groups(header) if (value := group.get(keyword)) not in (None, ""))
+
+
+def _groups(header: Dataset) -> Iterator[Dataset]:
+    """Where an attribute may stand: the header, then each item of the shared and of every frame's functional groups."""
+    yield header
+    for keyword in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+        sequence: Any = header.get(keyword)
+        for group in sequence or ():
+            yield group
+            for element in group:
+                if element.VR == "SQ" and not element.is_private:
+                    yield from element.value or ()
+
+
+def texts(header: Dataset, keyword: str) -> list[str]:
+    """All values of an element as stripped text, empty ones left out."""
+    value: Any = next(values(header, keyword), None)
+    several = isinstance(value, MultiValue | list)
+    found = [str(item).strip() for item in (value if several else [value]) if item is not None]
+    return [text for text in found if text]
+
+
+def numbers(header: Dataset, keyword: str) -> list[float]:
+    """All values of a numeric element as finite floats; empty when absent or when any of them is not a number.
+
+    A decimal comma, which some consoles write, is read as a point.
+    """
+    try:
+        found = [float(text.replace(",", ".")) for text in texts(header, keyword)]
+    except ValueError:
+        return []
+    return found if all(map(math.isfinite, found)) else []
+
+
+def number(header: Dataset, *keywords: str) -> float | None:
+    """The first number that one of these elements holds; None when none of them does."""
+    return next((found[0] for keyword in keywords if (found := numbers(header, keyword))), None)
+
+
+def items(header: Dataset, keyword: str) -> list[Dataset]:
+    """The items of a sequence; empty when the element is absent or is no sequence."""
+    value = next(values(header, keyword), None)
+    return list(value) if isinstance(value, Sequence) else []
+
+
+def _set_of(header: Dataset, *keywords: str) -> set[str]:
+    return {text.upper() for keyword in keywords for text in texts(header, keyword)}
+
+
+# --- what the image is ------------------------------------------------------------------------------------------------
+
+
+def is_synthetic(header: Dataset) -> bool:
+    """Whether lowgad or its like made the image: SyntheticData is YES, or the maker or a private block is ours."""
+    makers = {maker.casefold() for key in ("Manufacturer", "ManufacturerModelName") for maker in texts(header, key)}
+    marked = PRIVATE_CREATOR in header.private_creators(PRIVATE_GROUP)
+    return "YES" in _set_of(header, "SyntheticData") or PRODUCT_NAME in makers or marked
+
+
+_NO_AGENT = frozenset({"", "-", "0", "n", "nein", "nil", "no", "no contrast", "none", "nativ", "native", "without"})
+
+
+def has_contrast(header: Dataset) -> bool:
+    """Whether the header says that contrast agent was in the patient when the image was acquired.
+
+    The flag of Enhanced MR (PS3.3 C.7.6.16.2.12) outranks the agent, and so does the phase; an agent whose injection
+    started after the acquisition was entered at the console before its time.
+    """
+    usages = items(header, "ContrastBolusUsageSequence") or [header]
+    administered = {text for usage in usages for text in _set_of(usage, "ContrastBolusAgentAdministered")}
+    if administered:
+        return "YES" in administered
+    if {text for usage in usages for text in _set_of(usage, "ContrastBolusAgentPhase")} == {"PRE_CONTRAST"}:
+        return False
+    entered = " ".join(texts(header, "ContrastBolusAgent")).casefold() not in _NO_AGENT
+    amounts = (number(header, "ContrastBolusVolume") or 0) + (number(header, "ContrastBolusTotalDose") or 0)
+    is_entered = entered or amounts > 0 or bool(items(header, "ContrastBolusAgentSequence"))
+    return is_entered and not _precedes_injection(header)
+
+
+def _precedes_injection(header: Dataset) -> bool:
+    started, acquired = (time_of_day(header, f"{event}Time") for event in ("ContrastBolusStart", "Acquisition"))
+    return bool(started and acquired and acquired < started)
+
+
+def time_of_day(header: Dataset, keyword: str) -> str:
+    """A time (HHMMSS.FFFFFF) as text that sorts; empty when unknown."""
+    written = "".join(texts(header, keyword)[:1]).replace(":", "")
+    return f"{float(written.ljust(6, '0')):013.6f}" if re.fullmatch(r"\d{2,6}(\.\d*)?", written) else ""
+
+
+def words(text: str) -> list[str]:
+    """The words of a series description, lower case; digits end a word, `+C` and `w/o` count as words."""
+    return re.findall(r"w/o|\+c\b|\bc\+|\+gd\b|\bgd\+|[^\W\d_]+\d?", text.casefold())
+
+
+_OTHER_KINDS = frozenset(
+    {"aahead", "adc", "asl", "asset", "b0", "bold", "cal", "calibration", "cine", "dsc", "dti", "dwi", "fieldmap"}
+    | {"fmri", "loc", "localiser", "localizer", "locator", "mip", "minip", "mra", "mrv", "pd", "perf", "perfusion"}
+    | {"plan", "scout", "smartbrain", "sub", "subtraction", "survey", "swan", "swi", "t2", "tof", "trace"}
+)
+_OTHER_IMAGE_TYPES = frozenset(
+    {"ADC", "DIFFUSION", "IMAGINARY", "LOCALIZER", "MIN IP", "MIP", "MPR", "PHASE MAP", "PROJECTION IMAGE", "REAL"}
+    | {"REFORMATTED", "SUB", "SUBTRACTION", "P", "I", "R"}
+)
+
+
+def why_not_t1(header: Dataset) -> str:
+    """Why this is not an acquired T1 image, or an empty text when it looks like one."""
+    if "MR" not in _set_of(header, "Modality"):
+        return "no MR images"
+    image_type = [text.upper() for text in texts(header, "ImageType")]
+    if {"DERIVED", "SECONDARY"} & set(image_type[:2]) or set(image_type[2:]) & _OTHER_IMAGE_TYPES:
+        return "derived, projected, phase or localizer images"
+    described = set(words(" ".join(texts(header, "SeriesDescription") or texts(header, "ProtocolName"))))
+    if described & _OTHER_KINDS or ("flair" in described and "t1" not in described):
+        return "named as another kind of image"
+    return _why_not_t1_timing(header)
+
+
+def _why_not_t1_timing(header: Dataset) -> str:
+    """Short echo; inversion of 0.3 to 1.5 s or no long repetition; neither echo-planar nor angiography.
+
+    A gradient echo has no steady state with a long repetition time: a long one is that of the inversion (MPRAGE).
+    """
+    repetition_ms, echo_ms = number(header, "RepetitionTime"), number(header, "EchoTime", "EffectiveEchoTime")
+    kinds = _set_of(header, "ScanningSequence", "EchoPulseSequence")
+    inversion_ms = number(header, "InversionTime") or number(header, "InversionTimes") or 0.0
+    if repetition_ms is None or echo_ms is None:
+        return "echo or repetition time is missing"
+    if "EP" in kinds or "YES" in _set_of(header, "EchoPlanarPulseSequence") or "Y" in _set_of(header, "AngioFlag"):
+        return "echo-planar or angiographic images"
+    is_gradient = bool(kinds & {"GR", "GRADIENT"}) and not kinds & {"SE", "SPIN"}
+    is_prepared = "IR" in kinds or "YES" in _set_of(header, "InversionRecovery")
+    is_prepared |= is_gradient or "MP" in _set_of(header, "SequenceVariant")
+    longest_repetition_ms = 1e4 if inversion_ms else 3500 if is_prepared else 1500
+    if echo_ms > (12 if is_gradient else 35) or repetition_ms > longest_repetition_ms:
+        return "echo or repetition time is not that of a T1 sequence"
+    return "" if not inversion_ms or 300 <= inversion_ms <= 1500 else "inversion time is not that of a T1 sequence"
