@@ -18,6 +18,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import gdcm
 import numpy as np
 import numpy.typing as npt
 from highdicom.legacy import LegacyConvertedEnhancedMRImage
@@ -25,12 +26,18 @@ from pydicom import dcmread
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.pixels import compress
 from pydicom.sequence import Sequence
 from pydicom.uid import (
+    JPEG2000,
+    UID,
     CTImageStorage,
     EnhancedMRImageStorage,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSNearLossless,
     MRImageStorage,
 )
 from pydicom.valuerep import format_number_as_ds
@@ -182,6 +189,9 @@ class Recipe:
     low_description: str = "t1_mprage_sag_KM"
     pre_changes: Mapping[str, Any] = field(default_factory=dict)  # keyword to value in every slice; None deletes
     low_changes: Mapping[str, Any] = field(default_factory=dict)
+    volumes: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = (
+        None  # (k, j, i), instead of a phantom
+    )
 
 
 @dataclass(frozen=True)
@@ -209,15 +219,12 @@ def make_pair(**options: Any) -> SyntheticPair:
         options: the fields of `Recipe`.
     """
     recipe = Recipe(**options)
-    head, uptake = _phantom((recipe.slices, recipe.rows, recipe.columns))
-    noise = np.random.default_rng(recipe.seed)
+    pre_voxels, low_voxels = recipe.volumes or _phantom(recipe)
     pre = {"SeriesNumber": "4", **_named(recipe.pre_description), **_times("100500")}
     low = {"SeriesNumber": "9", **_named(recipe.low_description), **_times("101500"), **_contrast(recipe)}
     return SyntheticPair(
-        _series(recipe, "pre", head + noise.normal(0, 6, head.shape), {**pre, **recipe.pre_changes}, gain=1.0),
-        _series(
-            recipe, "low", head + uptake + noise.normal(0, 6, head.shape), {**low, **recipe.low_changes}, gain=1.25
-        ),
+        _series(recipe, "pre", pre_voxels, {**pre, **recipe.pre_changes}, gain=1.0),
+        _series(recipe, "low", low_voxels, {**low, **recipe.low_changes}, gain=1.25),
     )
 
 
@@ -295,6 +302,32 @@ def encode(dataset: Dataset, *, implicit: bool = False) -> bytes:
     buffer = BytesIO()
     dataset.save_as(buffer, implicit_vr=implicit, little_endian=True, enforce_file_format=True)
     return buffer.getvalue()
+
+
+def compress_file(path: Path, syntax: UID) -> None:
+    """Write a DICOM file anew in a compressed transfer syntax; the lossy ones are off by at most a few stored units."""
+    if syntax in (JPEGLossless, JPEGLosslessSV1):
+        _compress_by_gdcm(path, syntax)
+        return
+    dataset = dcmread(path)
+    options: dict[UID, dict[str, Any]] = {JPEGLSNearLossless: {"jls_error": 1}, JPEG2000: {"j2k_psnr": [100]}}
+    compress(dataset, syntax, generate_instance_uid=False, **options.get(syntax, {}))
+    dataset.save_as(path)
+
+
+def _compress_by_gdcm(path: Path, syntax: UID) -> None:
+    process = gdcm.TransferSyntax
+    codes = {JPEGLossless: process.JPEGLosslessProcess14, JPEGLosslessSV1: process.JPEGLosslessProcess14_1}
+    reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
+    reader.SetFileName(str(path))
+    assert reader.Read()
+    change.SetTransferSyntax(process(codes[syntax]))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer.SetFileName(str(path))
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    assert writer.Write()
 
 
 def as_enhanced(datasets: list[Dataset]) -> Dataset:
@@ -423,15 +456,17 @@ def _frame_groups(dataset: Dataset, number: int) -> Dataset:
     return frame
 
 
-def _phantom(shape: tuple[int, int, int]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """A head (k, j, i) of about 500 units with a skull rim, and the uptake of a lesion and a vessel in it."""
+def _phantom(recipe: Recipe) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Two noisy images (k, j, i) of a head of about 500 units, the second with the uptake of a lesion and a vessel."""
+    shape, noise = (recipe.slices, recipe.rows, recipe.columns), np.random.default_rng(recipe.seed)
     k, j, i = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
     radius = np.sqrt((k / 0.95) ** 2 + (j / 0.9) ** 2 + (i / 0.8) ** 2)
     head = np.where(radius < 1, 420.0 + 120.0 * np.cos(4 * j) * np.cos(3 * i), 0.0)
     head[(radius > 0.85) & (radius < 1)] = 250.0
     lesion = np.exp(-(((k - 0.1) / 0.25) ** 2 + ((j - 0.2) / 0.2) ** 2 + ((i + 0.2) / 0.2) ** 2))
     vessel = np.exp(-(((j + 0.6) / 0.08) ** 2 + (i / 0.08) ** 2)) * (np.abs(k) < 0.8)
-    return head, 150.0 * np.where(lesion > 0.05, lesion, 0) + 250.0 * vessel
+    uptake = 150.0 * np.where(lesion > 0.05, lesion, 0) + 250.0 * vessel
+    return head + noise.normal(0, 6, shape), head + uptake + noise.normal(0, 6, shape)
 
 
 def _patient_and_study(recipe: Recipe) -> dict[str, Any]:
