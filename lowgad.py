@@ -75,6 +75,7 @@ def up(data_dir: Path | None) -> None:
 @supervised_option
 def listen(*, supervised: bool) -> None:
     """Receive DICOM and start jobs."""
+    from service.commitment import Commitment
     from service.core import telemetry
     from service.core.queue import make_celery
     from service.core.spool import Spool
@@ -87,13 +88,16 @@ def listen(*, supervised: bool) -> None:
     spool = Spool(settings.spool_dir, settings.disk_low_bytes)
     with _open_ledger(settings) as ledger:
         intake = Intake(settings, ledger, spool, make_celery(settings))
-        listener = Listener(settings, intake, spool)
+        commitment = Commitment(settings, ledger, spool)
+        listener = Listener(settings, intake, spool, commitment)
         try:
             port = listener.start()
         except OSError as error:
             where = f"{settings.listen_host}:{settings.listen_port}"
             raise click.ClickException(f"cannot listen on {where}: {error.strerror}") from None
         report_ready(sys.stdout, port)
+        reports = threading.Thread(target=commitment.report_until, args=(stop,), name="commitment", daemon=True)
+        reports.start()
         intake.sweep_until(stop)
         listener.stop()
 

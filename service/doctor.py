@@ -13,6 +13,7 @@ from functools import partial
 from pynetdicom import AE, _config
 from sqlalchemy.exc import SQLAlchemyError
 
+from service.core.commitment import PUSH_MODEL
 from service.core.ledger import Ledger
 from service.core.queue import is_reachable, make_celery
 from service.core.settings import Destination, Settings
@@ -91,17 +92,22 @@ def _broker(settings: Settings) -> str:
 
 
 def _destination(destination: Destination) -> str:
-    """C-ECHO (PS3.7 section 9.1.5)."""
+    """C-ECHO (PS3.7 section 9.1.5), and whether it would be asked for storage commitment in vain."""
     _config.LOG_HANDLER_LEVEL = "none"
     entity = AE(ae_title=destination.calling_ae_title)
     entity.connection_timeout = entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = ANSWER_SECONDS
     entity.add_requested_context(VERIFICATION)
+    if destination.storage_commitment:
+        entity.add_requested_context(PUSH_MODEL)
     association = entity.associate(destination.host, destination.port, ae_title=destination.ae_title)
     if not association.is_established:
         why = "refuses our AE titles" if association.is_rejected else "does not answer"
         raise CheckFailedError(f"{why}; see the site file and the destination's own list of AE titles")
     status = association.send_c_echo()
+    accepted = {context.abstract_syntax for context in association.accepted_contexts}
     association.release()
     if getattr(status, "Status", None) != 0:
         raise CheckFailedError("does not answer C-ECHO")
+    if destination.storage_commitment and PUSH_MODEL not in accepted:
+        raise CheckFailedError("answers C-ECHO and does not know storage commitment; switch storage_commitment off")
     return "answers C-ECHO"

@@ -1,4 +1,4 @@
-"""The DICOM listener: C-ECHO and C-STORE as SCP (PS3.4 annex B, PS3.7 section 9.1, PS3.8).
+"""The DICOM listener: C-ECHO, C-STORE and storage commitment (PS3.4 annexes A, B and J, PS3.7 section 9.1, PS3.8).
 
 Hides associations: who may open one, what is negotiated, what each failure answers, and the bounds that keep one bad
 peer from taking memory, threads or time from the others. An object is answered with success only once it is durable.
@@ -24,6 +24,7 @@ from pynetdicom.presentation import build_context
 from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
 from sqlalchemy.exc import SQLAlchemyError
 
+from service.commitment import Commitment
 from service.core.accepted import SOP_CLASSES, TRANSFER_SYNTAXES
 from service.core.errors import Permanent, Reason
 from service.core.ledger import Added
@@ -58,10 +59,11 @@ class Listener:
         settings: address, AE titles and bounds.
         intake: where objects go.
         spool: asked for free disk space.
+        commitment: what is negotiated and done about storage commitment.
     """
 
-    def __init__(self, settings: Settings, intake: Intake, spool: Spool) -> None:
-        self._settings, self._intake, self._spool = settings, intake, spool
+    def __init__(self, settings: Settings, intake: Intake, spool: Spool, commitment: Commitment) -> None:
+        self._settings, self._intake, self._spool, self._commitment = settings, intake, spool, commitment
         self._server: _Server | None = None
 
     def start(self) -> int:
@@ -77,8 +79,10 @@ class Listener:
         handlers: list[EventHandlerType] = [
             (evt.EVT_C_ECHO, _answer_echo),
             (evt.EVT_C_STORE, self._answer_store),
+            *self._commitment.handlers(),
         ]
         entity, address = _application_entity(self._settings), (self._settings.listen_host, self._settings.listen_port)
+        self._commitment.negotiate(entity)
         server = entity.make_server(
             address, evt_handlers=handlers, server_class=_Server, request_handler=_Connection, settings=self._settings
         )

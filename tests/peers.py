@@ -52,6 +52,12 @@ class Orthanc:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}{path}", timeout=10) as answer:
             return json.load(answer)
 
+    def post(self, path: str, body: Any) -> Any:
+        """What its REST API answers to JSON, decoded."""
+        url = f"http://127.0.0.1:{self.http_port}{path}"
+        with urllib.request.urlopen(url, json.dumps(body).encode(), timeout=60) as answer:
+            return json.load(answer)
+
     def sop_instance_uids(self) -> set[str]:
         """The instances it holds."""
         return {entry["MainDicomTags"]["SOPInstanceUID"] for entry in self.get("/instances?expand")}

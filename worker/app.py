@@ -14,6 +14,7 @@ import random
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,14 +27,25 @@ from pydicom.dataset import Dataset
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
 from models.runtime import Engine
+from service.core.commitment import (
+    CLASS_INSTANCE_CONFLICT,
+    INVALID_ARGUMENT,
+    NO_SUCH_OBJECT_INSTANCE,
+    SOP_CLASS_NOT_SUPPORTED,
+    SUCCESS,
+    Reference,
+    Report,
+)
+from service.core.commitment import WORDS as COMMITMENT_WORDS
 from service.core.errors import Permanent, Reason, Retryable
 from service.core.job import STATE_OF_OUTCOME, Job, JobOptions, Stage, State
-from service.core.ledger import Delivery, DeliveryStatus, Ledger
+from service.core.ledger import Commitment, Delivery, DeliveryStatus, Ledger
 from service.core.queue import DELIVER, PROCESS, enqueue_deliver, make_celery
 from service.core.settings import Destination, Settings
 from service.core.spool import Spool
 from service.core.telemetry import Log
-from worker.delivery import Answer, Verdict, backoff_seconds, send
+from worker.commitment import request_commitment
+from worker.delivery import Answer, Verdict, backoff_seconds, send, sop_class_of
 from worker.pipeline import Progress, write_result
 
 BEATS_PER_LEASE = 4
@@ -46,6 +58,7 @@ STATUS_OF_VERDICT = {
     Verdict.REFUSED: DeliveryStatus.FAILED,
     Verdict.BUSY: DeliveryStatus.PENDING,
 }
+REFUSED_FOR_GOOD = {CLASS_INSTANCE_CONFLICT, SOP_CLASS_NOT_SUPPORTED}
 
 
 class Result(Protocol):
@@ -165,14 +178,19 @@ class Worker:
             self._publish(job, result, lease)
 
     def deliver(self, job_id: str) -> None:
-        """Send what a DELIVERING job still has to send."""
-        job = self.ledger.claim_delivery(job_id, self.name, self.settings.lease_seconds)
-        if job is None:
-            return
-        with Lease(self.ledger, job, self.settings.lease_seconds) as lease, self._failing(job, State.DELIVERING):
-            troubles = [trouble for name in self._pending(job) if (trouble := self._send_to(job, name, lease))]
-            lease.check()
-            self._conclude(job, troubles)
+        """Send what a DELIVERING job still has to send, and ask for storage commitment where that is due."""
+        if job := self.ledger.claim_delivery(job_id, self.name, self.settings.lease_seconds):
+            with self._failing(job, State.DELIVERING):
+                with Lease(self.ledger, job, self.settings.lease_seconds) as lease:
+                    troubles = [trouble for name in self._pending(job) if (trouble := self._send_to(job, name, lease))]
+                    lease.check()
+                self._conclude(job, troubles)
+        seconds, committing = self.settings.lease_seconds, self._committing()
+        if job := self.ledger.claim_commitment(job_id, self.name, seconds, committing):
+            with self._failing(job, State.DELIVERED):
+                with Lease(self.ledger, job, seconds):
+                    said = [self._ask_when_due(job, name) for name in sorted(committing)]
+                self.ledger.leave_waiting(job.id, job.attempt, "; ".join(filter(None, said)))
 
     # --- computing ----------------------------------------------------------------------------------------------------
 
@@ -194,7 +212,7 @@ class Worker:
             written = write_result(result.series, result.report, folder)
             lease.check()
         deliveries = [
-            Delivery(destination, sop_instance_uid, kind, path)
+            Delivery(destination, sop_instance_uid, kind, path, commitment=self._commitment_of(destination))
             for destination in job.options.destinations
             for kind, sop_instance_uid, path in written
         ]
@@ -264,7 +282,81 @@ class Worker:
         if counts[DeliveryStatus.FAILED]:
             refusals = sorted({item.last_error for item in deliveries if item.status is DeliveryStatus.FAILED})
             raise Permanent(Reason.DESTINATION_REFUSED, "; ".join([sentence, *refusals]))
-        self._move(job, State.DELIVERING, State.DELIVERED)
+        self.ledger.delivered(job.id, job.attempt, actor=self.name, committing=self._committing())
+
+    # --- storage commitment -------------------------------------------------------------------------------------------
+
+    def _committing(self) -> set[str]:
+        """The destinations that are asked to keep what they were sent."""
+        return {destination.name for destination in self.settings.destinations if destination.storage_commitment}
+
+    def _commitment_of(self, destination: str) -> Commitment:
+        return Commitment.WANTED if destination in self._committing() else Commitment.NONE
+
+    def _ask_when_due(self, job: Job, name: str) -> str:
+        """Ask a destination that owes a commitment, if this is the moment; how things stand with it, in words."""
+        owed = [item for item in self.ledger.deliveries(job.id) if item.destination == name and item.is_open]
+        asked = [item for item in self.ledger.transactions(job.id) if item.destination == name]
+        if not owed:
+            return ""
+        if not asked or asked[-1].due_at <= self.clock():
+            self._refuse_hopeless(job, name, owed, len(asked))
+            self._ask(job, self._destination(name), owed, len(asked) + 1)
+        return self._standing(job, name)
+
+    def _refuse_hopeless(self, job: Job, name: str, owed: Sequence[Delivery], times_asked: int) -> None:
+        """Send again what the destination says it does not have; give up where asking again will not help.
+
+        Raises:
+            SupersededError: it is being sent again.
+            Permanent: COMMITMENT_REFUSED or COMMITMENT_TIMEOUT.
+        """
+        reasons = {item.failure_reason for item in owed if item.failure_reason is not None}
+        refused = ", ".join(f"0x{reason:04X} {COMMITMENT_WORDS.get(reason, '')}".strip() for reason in sorted(reasons))
+        if reasons & REFUSED_FOR_GOOD or (reasons and times_asked >= self.settings.commitment_max_attempts):
+            raise Permanent(Reason.COMMITMENT_REFUSED, f"{name}: {len(owed)} instances not committed: {refused}")
+        if times_asked >= self.settings.commitment_max_attempts:
+            raise Permanent(Reason.COMMITMENT_TIMEOUT, f"{name}: asked {times_asked} times about {len(owed)} instances")
+        if NO_SUCH_OBJECT_INSTANCE in reasons:
+            detail = f"{name} took instances and does not have them; they are sent again"
+            LOG.warning("committing failed: sent again", job_id=job.id, destination=name)
+            self.ledger.send_refused_again(job.id, job.attempt, NO_SUCH_OBJECT_INSTANCE, actor=self.name, detail=detail)
+            raise SupersededError
+
+    def _ask(self, job: Job, destination: Destination, owed: Sequence[Delivery], attempt: int) -> None:
+        """One request in a new transaction (PS3.4 section J.3.2.1.1), noted before it is sent."""
+        folder, transaction_uid = self.spool.result_dir(job.id), f"2.25.{uuid.uuid4().int}"
+        references = [Reference(sop_class_of(folder / item.path), item.sop_instance_uid) for item in owed]
+        first, cap = self.settings.delivery_retry_seconds, self.settings.delivery_retry_max_seconds
+        pause_seconds = backoff_seconds(attempt, first, cap, self.rng)
+        if not self.ledger.ask_commitment(job.id, job.attempt, destination.name, transaction_uid, pause_seconds):
+            raise SupersededError
+        LOG.info("asking for storage commitment", job_id=job.id, destination=destination.name, count=len(owed))
+        try:
+            request_commitment(
+                transaction_uid, references, destination, self._believe, lambda: self._is_answered(transaction_uid)
+            )
+        except Retryable as error:
+            LOG.warning("not asked for storage commitment", job_id=job.id, reason=error.reason.name)
+            return
+        self.ledger.await_commitment(transaction_uid, self.settings.commitment_timeout_seconds)
+
+    def _believe(self, report: Report) -> int:
+        """A report that came on our own association to the destination."""
+        committed = {item.sop_instance_uid for item in report.committed}
+        failed = {item.sop_instance_uid: reason for item, reason in report.failed}
+        known = self.ledger.answer_commitment(report.transaction_uid, committed, failed, actor=self.name)
+        return SUCCESS if known else INVALID_ARGUMENT
+
+    def _is_answered(self, transaction_uid: str) -> bool:
+        transaction = self.ledger.transaction(transaction_uid)
+        return transaction is None or transaction.answered_at is not None
+
+    def _standing(self, job: Job, name: str) -> str:
+        owed = [item for item in self.ledger.deliveries(job.id) if item.destination == name and item.is_open]
+        asked = sum(item.destination == name for item in self.ledger.transactions(job.id))
+        most = self.settings.commitment_max_attempts
+        return f"{name}: storage commitment of {len(owed)} instances asked for {asked} of {most} times" if owed else ""
 
     # --- the task boundary --------------------------------------------------------------------------------------------
 
@@ -291,6 +383,9 @@ class Worker:
     def _again(self, job: Job, state: State, error: Retryable) -> None:
         """Back off, or give up when all attempts are used."""
         settings = self.settings
+        if state is State.DELIVERED:  # the moment of the next request stands in the ledger, and the lease runs out
+            LOG.warning("commitment will be asked for again", job_id=job.id, reason=error.reason.name)
+            return
         if state is State.RUNNING:
             most, first, cap = settings.max_attempts, settings.retry_seconds, PROCESS_RETRY_MAX_SECONDS
         else:

@@ -21,6 +21,7 @@ from pydicom.errors import InvalidDicomError
 from pydicom.uid import UID, ImplicitVRLittleEndian
 from pynetdicom import AE, _config
 from pynetdicom.association import Association
+from pynetdicom.events import EventHandlerType
 from pynetdicom.presentation import build_context
 
 from service.core.errors import Permanent, Reason, Retryable
@@ -93,7 +94,7 @@ def send(paths: Sequence[Path], destination: Destination) -> Iterator[Answer]:
     readable = {path: syntax for path, syntax in syntaxes.items() if syntax is not None}
     if not readable:
         return
-    with _associate(sorted(set(readable.values())), destination) as association:
+    with associated(_offers(sorted(set(readable.values()))), destination) as association:
         for number, path in enumerate(readable):
             yield _store(association, path, number % 0xFFFF + 1)
 
@@ -107,6 +108,18 @@ def backoff_seconds(attempt: int, first_seconds: float, cap_seconds: float, rng:
     return longest * rng.uniform(0.5, 1.0)
 
 
+def sop_class_of(path: Path) -> str:
+    """SOP Class UID of a result file.
+
+    Raises:
+        Permanent: INPUT_LOST, it is gone or damaged.
+    """
+    syntax = _syntax_of(path)
+    if syntax is None:
+        raise Permanent(Reason.INPUT_LOST, "a result file is missing or not DICOM")
+    return syntax[0]
+
+
 def _syntax_of(path: Path) -> tuple[str, str] | None:
     """(SOP class UID, transfer syntax UID) of a file, None if it is gone or not DICOM."""
     try:
@@ -117,17 +130,30 @@ def _syntax_of(path: Path) -> tuple[str, str] | None:
 
 
 @contextmanager
-def _associate(syntaxes: Sequence[tuple[str, str]], destination: Destination) -> Iterator[Association]:
-    """An established association; released at the end, aborted if the block fails."""
+def associated(
+    offers: Sequence[tuple[str, str]], destination: Destination, handlers: Sequence[EventHandlerType] = ()
+) -> Iterator[Association]:
+    """An established association; released at the end, aborted if the block fails.
+
+    Args:
+        offers: (abstract syntax, transfer syntax), one presentation context each.
+        destination: whom to call.
+        handlers: of pynetdicom, for what the other side asks of us.
+
+    Raises:
+        Retryable: DESTINATION_UNREACHABLE.
+        Permanent: DESTINATION_REFUSED.
+    """
     entity = AE(ae_title=destination.calling_ae_title)
     entity.connection_timeout, entity.acse_timeout = CONNECT_SECONDS, CONNECT_SECONDS
     entity.dimse_timeout = entity.network_timeout = ANSWER_SECONDS
     association = entity.associate(
         destination.host,
         destination.port,
-        contexts=[build_context(sop_class, syntax) for sop_class, syntax in _offers(syntaxes)],
+        contexts=[build_context(abstract, syntax) for abstract, syntax in offers],
         ae_title=destination.ae_title,
         max_pdu=PDU_BYTES,
+        evt_handlers=list(handlers),
     )
     if not association.is_established:
         raise _refusal(association)

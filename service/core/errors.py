@@ -110,6 +110,14 @@ class Reason(Enum):
         Outcome.FAILED,
         "The destination refused the association or the images; re-sending will not help before it is configured.",
     )
+    COMMITMENT_REFUSED = (
+        Outcome.FAILED,
+        "The destination took the images and does not commit itself to keep them. Check it, then re-send the job.",
+    )
+    COMMITMENT_TIMEOUT = (
+        Outcome.FAILED,
+        "The images were sent, but no storage commitment came. Does the destination know our listener's address?",
+    )
     ATTEMPTS_EXHAUSTED = (Outcome.FAILED, "The job was started several times and never finished; see the log.")
     INTERNAL_ERROR = (Outcome.FAILED, "An unexpected error; the log has the trace under the job id.")
 

@@ -22,6 +22,7 @@ class State(Enum):
     COMPUTED = "COMPUTED"  # the result lies in the spool; final where no destination is configured
     DELIVERING = "DELIVERING"  # being sent, or waiting for the next attempt to send
     DELIVERED = "DELIVERED"  # every instance was answered with success by every destination
+    COMMITTED = "COMMITTED"  # and every destination that was asked has committed itself to keep them (PS3.4 annex J)
     NEEDS_REVIEW = "NEEDS_REVIEW"
     REJECTED = "REJECTED"
     FAILED = "FAILED"
@@ -35,10 +36,11 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     ),
     State.COMPUTED: frozenset({State.DELIVERING, State.QUEUED}),
     State.DELIVERING: frozenset({State.DELIVERED, State.FAILED, State.CANCELLED}),
-    State.DELIVERED: frozenset({State.DELIVERING, State.QUEUED}),
+    State.DELIVERED: frozenset({State.DELIVERING, State.QUEUED, State.COMMITTED, State.FAILED}),
+    State.COMMITTED: frozenset({State.DELIVERING, State.QUEUED}),
     State.NEEDS_REVIEW: frozenset({State.QUEUED, State.CANCELLED}),
     State.REJECTED: frozenset({State.QUEUED}),
-    State.FAILED: frozenset({State.QUEUED, State.DELIVERING, State.CANCELLED}),
+    State.FAILED: frozenset({State.QUEUED, State.DELIVERING, State.COMMITTED, State.CANCELLED}),
     State.CANCELLED: frozenset({State.QUEUED}),
 }
 

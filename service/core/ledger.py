@@ -13,7 +13,7 @@ import hashlib
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from enum import Enum
@@ -47,12 +47,14 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 
 from service.core import schema
+from service.core.commitment import Reference, Request
 from service.core.errors import Reason
 from service.core.job import TRANSITIONS, Job, JobOptions, Stage, State
 
 MIGRATION_LOCK = 0x10_36AD  # any constant: serialises migrations of several processes on PostgreSQL
 BUSY_SECONDS = 30  # how long a writer waits for the others on SQLite
-LEASED = (State.RUNNING, State.DELIVERING)
+LEASED = (State.RUNNING, State.DELIVERING, State.DELIVERED)
+MAY_BE_DUE = (State.QUEUED, State.DELIVERING, State.DELIVERED)
 UNDER_WAY = (State.QUEUED, State.RUNNING, State.DELIVERING)
 NOT_COMPUTED = (State.QUEUED, State.RUNNING, State.NEEDS_REVIEW)
 ACTOR = "ledger"  # of what follows from something else, for the history
@@ -67,6 +69,7 @@ AFRESH: dict[str, Any] = {
 AFTER_A_RUN = (
     State.COMPUTED,
     State.DELIVERED,
+    State.COMMITTED,
     State.NEEDS_REVIEW,
     State.REJECTED,
     State.FAILED,
@@ -152,6 +155,15 @@ class DeliveryStatus(Enum):
     FAILED = "FAILED"  # refused: sending again as it is will not help
 
 
+class Commitment(Enum):
+    """Whether a destination has committed itself to keep one result instance (PS3.4 annex J)."""
+
+    NONE = "NONE"  # it is not asked
+    WANTED = "WANTED"  # it was asked and has not answered, or will be asked
+    COMMITTED = "COMMITTED"
+    REFUSED = "REFUSED"  # it does not; `failure_reason` says why
+
+
 @dataclass(frozen=True)
 class Delivery:
     """One result instance for one destination."""
@@ -165,6 +177,40 @@ class Delivery:
     attempts: int = 0
     last_error: str = ""
     updated_at: datetime | None = None
+    commitment: Commitment = Commitment.NONE
+    failure_reason: int | None = None  # PS3.3 C.14.1.1
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it waits for storage commitment."""
+        return self.commitment in OPEN
+
+
+OPEN = (Commitment.WANTED, Commitment.REFUSED)
+OWED: dict[str, Any] = {"commitment": Commitment.WANTED.value, "failure_reason": None}
+OPEN_VALUES = [commitment.value for commitment in OPEN]
+
+
+@dataclass(frozen=True)
+class Transaction:
+    """One request for storage commitment of ours. A transaction is answered once; every request is a new one."""
+
+    transaction_uid: str
+    job_id: str
+    destination: str
+    asked_at: datetime
+    due_at: datetime  # when the next one starts, as things stand
+    answered_at: datetime | None
+
+
+@dataclass(frozen=True)
+class CommitmentRequest:
+    """One request for storage commitment that somebody made of us and that is to be answered."""
+
+    ae_title: str
+    transaction_uid: str
+    references: tuple[Reference, ...]
+    tries: int
 
 
 class Ledger:
@@ -227,6 +273,11 @@ class Ledger:
         table = schema.instances
         query = select(table).where(table.c.study_uid == study_uid)
         return [_instance(row) for row in self._read(query.order_by(table.c.received_at, table.c.sop_instance_uid))]
+
+    def instance(self, sop_instance_uid: str) -> Instance | None:
+        """What was received under that UID, if anything."""
+        rows = self._read(select(schema.instances).where(schema.instances.c.sop_instance_uid == sop_instance_uid))
+        return _instance(rows[0]) if rows else None
 
     def conflicts(self, arriving: Sequence[Identified]) -> int:
         """How many of these would be a CONFLICT, with what is known, in whatever study, or with each other."""
@@ -387,7 +438,8 @@ class Ledger:
         with self._engine.begin() as connection:
             row = self._swap(connection, job_id, [State.QUEUED], State.RUNNING, values, actor=worker)
             if row:
-                connection.execute(delete(schema.deliveries).where(schema.deliveries.c.job_id == job_id))
+                for table in (schema.deliveries, schema.commitments):
+                    connection.execute(delete(table).where(table.c.job_id == job_id))
         return _job_or_none(row)
 
     def claim_delivery(self, job_id: str, worker: str, lease_seconds: float) -> Job | None:
@@ -457,6 +509,8 @@ class Ledger:
     def resend(self, job_id: str, actor: str, deliveries: Iterable[Delivery] = ()) -> Job | None:
         """Send a result again, with fresh tries. After a failure only what is missing, otherwise everything.
 
+        Whoever was asked for storage commitment is asked again, in new transactions; the old ones are unknown from now.
+
         Args:
             job_id: a job in COMPUTED, DELIVERED or FAILED.
             actor: who asks.
@@ -476,8 +530,12 @@ class Ledger:
                 connection.rollback()
                 return None
             if row.previous_state == State.FAILED.value:
-                again = again.where(table.c.status != DeliveryStatus.SENT.value)
+                missing = table.c.status != DeliveryStatus.SENT.value
+                again = again.where(or_(missing, table.c.commitment == Commitment.REFUSED.value))
             connection.execute(again.values(status=DeliveryStatus.PENDING.value, last_error=""))
+            asked = again.where(table.c.commitment != Commitment.NONE.value)
+            connection.execute(asked.values(OWED))
+            connection.execute(delete(schema.commitments).where(schema.commitments.c.job_id == job_id))
         return _job(row)
 
     # --- deliveries ---------------------------------------------------------------------------------------------------
@@ -515,6 +573,184 @@ class Ledger:
         with self._engine.begin() as connection:
             connection.execute(change.values(values | {"attempts": table.c.attempts + 1}))
 
+    # --- storage commitment, of results (PS3.4 annex J, as SCU) -------------------------------------------------------
+
+    def delivered(self, job_id: str, attempt: int, *, actor: str, committing: Collection[str]) -> Job | None:
+        """Everything is sent: DELIVERING -> DELIVERED. The destinations in `committing` are to be asked to keep it."""
+        values = {"reason": None, "detail": "", "due_at": None, "enqueued_at": None, "lease_until": None}
+        with self._engine.begin() as connection:
+            row = self._swap(
+                connection, job_id, [State.DELIVERING], State.DELIVERED, values, actor=actor, attempt=attempt
+            )
+            if row is None:
+                return None
+            _choose_committing(connection, job_id, committing)
+            return self._settle(connection, job_id, actor)
+
+    def claim_commitment(
+        self, job_id: str, worker: str, lease_seconds: float, committing: Collection[str]
+    ) -> Job | None:
+        """Take a DELIVERED job of which some destination is to be asked now; None when there is nothing to ask."""
+        table, now = schema.jobs, self._clock()
+        values = {
+            "attempt": table.c.attempt + 1,
+            "worker": worker,
+            "lease_until": now + timedelta(seconds=lease_seconds),
+        }
+        free = or_(table.c.lease_until.is_(None), table.c.lease_until <= now)
+        due = and_(table.c.id == job_id, table.c.state == State.DELIVERED.value, table.c.due_at <= now, free)
+        with self._engine.begin() as connection:
+            if connection.execute(update(table).where(due).values(values)).rowcount == 0:
+                return None
+            _choose_committing(connection, job_id, committing)
+            job = self._settle(connection, job_id, worker)
+            return job if job.state is State.DELIVERED and job.due_at is not None else None
+
+    def ask_commitment(
+        self, job_id: str, attempt: int, destination: str, transaction_uid: str, pause_seconds: float
+    ) -> bool:
+        """Note a request before it is sent, since its answer may come before we know that it arrived.
+
+        Args:
+            job_id: of a claimed job.
+            attempt: of the claim.
+            destination: whom we ask about everything of the job that it has not committed itself to.
+            transaction_uid: never used before.
+            pause_seconds: before the next request, if this one fails or is answered with failures.
+
+        Returns:
+            False when the job is no longer this attempt's: do not ask.
+        """
+        now, table = self._clock(), schema.deliveries
+        due_at = now + timedelta(seconds=pause_seconds)
+        row = {"transaction_uid": transaction_uid, "job_id": job_id, "destination": destination, "asked_at": now}
+        row |= {"pause_seconds": pause_seconds, "due_at": due_at}
+        ours = and_(schema.jobs.c.attempt == attempt, schema.jobs.c.state == State.DELIVERED.value)
+        refused = and_(table.c.job_id == job_id, table.c.destination == destination)
+        refused = and_(refused, table.c.commitment == Commitment.REFUSED.value)
+        with self._engine.begin() as connection:
+            held = select(schema.jobs.c.id).where(schema.jobs.c.id == job_id, ours).with_for_update()
+            if connection.execute(held).one_or_none() is None:
+                return False
+            connection.execute(schema.commitments.insert().values(row))
+            connection.execute(update(table).where(refused).values(OWED))
+            self._settle(connection, job_id, ACTOR)
+        return True
+
+    def await_commitment(self, transaction_uid: str, seconds: float) -> None:
+        """The request arrived: give the destination this long to answer before it is asked again."""
+        table = schema.commitments
+        change = update(table).where(table.c.transaction_uid == transaction_uid, table.c.answered_at.is_(None))
+        change = change.values(due_at=self._clock() + timedelta(seconds=seconds)).returning(table.c.job_id)
+        with self._engine.begin() as connection:
+            row = connection.execute(change).one_or_none()
+            if row is not None:
+                self._settle(connection, row.job_id, ACTOR)
+
+    def transaction(self, transaction_uid: str) -> Transaction | None:
+        """A request of ours, answered or not."""
+        table = schema.commitments
+        rows = self._read(select(table).where(table.c.transaction_uid == transaction_uid))
+        return _transaction(rows[0]) if rows else None
+
+    def transactions(self, job_id: str) -> list[Transaction]:
+        """All requests for a job since it was last sent, oldest first."""
+        table = schema.commitments
+        rows = self._read(select(table).where(table.c.job_id == job_id).order_by(table.c.asked_at))
+        return [_transaction(row) for row in rows]
+
+    def answer_commitment(
+        self, transaction_uid: str, committed: Collection[str], failed: Mapping[str, int], *, actor: str
+    ) -> bool:
+        """Note what a destination answered, once. With its last instance committed, the job is COMMITTED.
+
+        A destination that commits itself late has still committed itself; a late refusal is overtaken by the request
+        that was made since. Instances that were not asked about change nothing.
+
+        Args:
+            transaction_uid: of the request.
+            committed: SOPInstanceUIDs that it keeps.
+            failed: SOPInstanceUIDs that it does not keep, with the Failure Reason.
+            actor: for the history.
+
+        Returns:
+            False when no such request was made.
+        """
+        table, now = schema.commitments, self._clock()
+        with self._engine.begin() as connection:
+            query = select(table).where(table.c.transaction_uid == transaction_uid).with_for_update()
+            asked = connection.execute(query).one_or_none()
+            if asked is None:
+                return False
+            if asked.answered_at is not None:
+                return True
+            answer = {"answered_at": now, "due_at": now + timedelta(seconds=asked.pause_seconds)}
+            connection.execute(update(table).where(table.c.transaction_uid == transaction_uid).values(answer))
+            _note_committed(connection, asked, committed)
+            if _is_latest(connection, asked):
+                _note_refused(connection, asked, failed)
+            self._settle(connection, asked.job_id, actor)
+        return True
+
+    def leave_waiting(self, job_id: str, attempt: int, detail: str) -> Job | None:
+        """Give a claimed DELIVERED job back; the sweep enqueues it when the next request is due."""
+        values = {"lease_until": None, "detail": detail}
+        return self._touch(job_id, State.DELIVERED, values, schema.jobs.c.attempt == attempt)
+
+    def send_refused_again(self, job_id: str, attempt: int, reason: int, *, actor: str, detail: str) -> Job | None:
+        """DELIVERED -> DELIVERING for what was refused for `reason`; the requests made so far go on counting."""
+        table = schema.deliveries
+        refused = and_(table.c.commitment == Commitment.REFUSED.value, table.c.failure_reason == reason)
+        values = AFRESH | {"detail": detail}
+        with self._engine.begin() as connection:
+            row = self._swap(
+                connection, job_id, [State.DELIVERED], State.DELIVERING, values, actor=actor, attempt=attempt
+            )
+            if row is not None:
+                again = {"status": DeliveryStatus.PENDING.value, **OWED}
+                connection.execute(update(table).where(table.c.job_id == job_id, refused).values(again))
+        return _job_or_none(row)
+
+    # --- storage commitment, of what was received (as SCP) ------------------------------------------------------------
+
+    def add_request(self, ae_title: str, request: Request) -> bool:
+        """Note what somebody asks us to keep. Durable when this returns; the same request again changes nothing.
+
+        Returns:
+            False when this transaction is known with other instances.
+        """
+        table, now = schema.commitment_requests, self._clock()
+        referenced = [[item.sop_class_uid, item.sop_instance_uid] for item in request.references]
+        row: dict[str, Any] = {"ae_title": ae_title, "transaction_uid": request.transaction_uid}
+        row |= {"referenced": referenced, "received_at": now, "tries": 0, "due_at": now}
+        same = and_(table.c.ae_title == ae_title, table.c.transaction_uid == request.transaction_uid)
+        with self._engine.begin() as connection:
+            if _insert_new(connection, table, [row]):
+                return True
+            known = connection.execute(select(table.c.referenced).where(same)).scalar_one()
+        return bool(known == referenced)
+
+    def claim_request(self, lease_seconds: float) -> CommitmentRequest | None:
+        """The request that has waited longest for its report; nobody else gets it for so many seconds."""
+        table, now = schema.commitment_requests, self._clock()
+        query = select(table).where(table.c.due_at <= now).order_by(table.c.due_at).limit(1)
+        for row in self._read(query):
+            same = and_(table.c.ae_title == row.ae_title, table.c.transaction_uid == row.transaction_uid)
+            values = {"due_at": now + timedelta(seconds=lease_seconds), "tries": table.c.tries + 1}
+            change = update(table).where(same, table.c.due_at == row.due_at).values(values)
+            with self._engine.begin() as connection:
+                if connection.execute(change).rowcount:
+                    references = tuple(Reference(*pair) for pair in row.referenced)
+                    return CommitmentRequest(row.ae_title, row.transaction_uid, references, row.tries + 1)
+        return None
+
+    def settle_request(self, request: CommitmentRequest, due_at: datetime | None) -> None:
+        """Report it again at `due_at`; None: it is done with."""
+        table = schema.commitment_requests
+        same = and_(table.c.ae_title == request.ae_title, table.c.transaction_uid == request.transaction_uid)
+        with self._engine.begin() as connection:
+            connection.execute(update(table).where(same).values(due_at=due_at))
+
     # --- what the sweep asks ------------------------------------------------------------------------------------------
 
     def expired(self) -> list[Job]:
@@ -526,13 +762,16 @@ class Ledger:
     def due(self, requeue_seconds: float) -> list[Job]:
         """Jobs that need a message in a queue: never enqueued, or so long ago that the message may be lost.
 
-        QUEUED jobs are for `process`, DELIVERING ones for `deliver`. A superfluous message does no harm.
+        QUEUED jobs are for `process`, DELIVERING ones for `deliver`, and so are DELIVERED ones where a destination is
+        to be asked for storage commitment. A superfluous message does no harm.
         """
         table, now = schema.jobs, self._clock()
         lost = table.c.enqueued_at <= now - timedelta(seconds=requeue_seconds)
         query = select(table).where(
-            table.c.state.in_([State.QUEUED.value, State.DELIVERING.value]),
-            or_(table.c.due_at.is_(None), table.c.due_at <= now),
+            or_(
+                and_(table.c.state.in_([State.QUEUED.value, State.DELIVERING.value]), table.c.due_at.is_(None)),
+                and_(table.c.state.in_([state.value for state in MAY_BE_DUE]), table.c.due_at <= now),
+            ),
             or_(table.c.lease_until.is_(None), table.c.lease_until <= now),
             or_(table.c.enqueued_at.is_(None), lost),
         )
@@ -547,17 +786,21 @@ class Ledger:
     def forget(self, before: datetime) -> int:
         """Delete everything about studies in which nothing has happened since, and nothing is under way.
 
-        Their bytes become the janitor's (`Spool.sweep_up`).
+        A result whose destination is asked for storage commitment is under way until it is COMMITTED or a person
+        cancels it: until then ours may be the only copy. Their bytes become the janitor's (`Spool.sweep_up`).
 
         Returns:
             How many studies were forgotten.
         """
         job, instance = schema.jobs.c, schema.instances.c
         busy = select(job.study_uid).where(
-            or_(job.updated_at >= before, job.state.in_([state.value for state in UNDER_WAY]))
+            or_(job.updated_at >= before, job.state.in_([state.value for state in UNDER_WAY]), _lacks_commitment())
         )
         recent = select(instance.study_uid).where(or_(instance.received_at >= before, instance.job_id.is_(None)))
         query = select(job.study_uid).where(job.study_uid.not_in(busy), job.study_uid.not_in(recent)).distinct()
+        asked_long_ago = delete(schema.commitment_requests).where(schema.commitment_requests.c.received_at < before)
+        with self._engine.begin() as connection:
+            connection.execute(asked_long_ago)
         forgotten = 0
         for study_uid in [row.study_uid for row in self._read(query)]:
             with (
@@ -658,11 +901,34 @@ class Ledger:
             ).one_or_none()
         return _job_or_none(row)
 
+    def _settle(self, connection: Connection, job_id: str, actor: str) -> Job:
+        """What follows from how a job's deliveries stand: COMMITTED, or the moment of the next request."""
+        table, rows = schema.jobs, schema.deliveries
+        query = select(rows.c.destination, rows.c.status, rows.c.commitment).where(rows.c.job_id == job_id).distinct()
+        found = connection.execute(query).all()
+        waiting = {row.destination for row in found if row.commitment in OPEN_VALUES}
+        all_sent = all(row.status == DeliveryStatus.SENT.value for row in found)
+        if not waiting and all_sent and any(row.commitment == Commitment.COMMITTED.value for row in found):
+            done = {"reason": None, "detail": "", "due_at": None, "lease_until": None}
+            before = [State.DELIVERED, State.FAILED]
+            self._swap(connection, job_id, before, State.COMMITTED, done, actor=actor)
+        due_at = min((self._next_request(connection, job_id, name) for name in waiting), default=None)
+        change = update(table).where(table.c.id == job_id, table.c.state == State.DELIVERED.value)
+        connection.execute(change.values(due_at=due_at, enqueued_at=None))
+        return _job(connection.execute(select(table).where(table.c.id == job_id)).one())
+
+    def _next_request(self, connection: Connection, job_id: str, destination: str) -> datetime:
+        table = schema.commitments
+        query = select(table.c.due_at).where(table.c.job_id == job_id, table.c.destination == destination)
+        due_at: datetime | None = connection.execute(query.order_by(table.c.asked_at.desc()).limit(1)).scalar()
+        return due_at or self._clock()
+
     def _plan(self, connection: Connection, job_id: str, deliveries: Iterable[Delivery]) -> int:
         """Insert rows to deliver; those that exist become pending again."""
         table, planned = schema.deliveries, [_delivery_row(job_id, item, self._clock()) for item in deliveries]
         for row in planned:
-            fresh = {name: row[name] for name in ("kind", "path", "status", "dimse_status", "last_error", "updated_at")}
+            kept = {"job_id", "destination", "sop_instance_uid", "attempts"}
+            fresh = {name: value for name, value in row.items() if name not in kept}
             keys = ["job_id", "destination", "sop_instance_uid"]
             connection.execute(
                 _insert(connection, table).values(row).on_conflict_do_update(index_elements=keys, set_=fresh)
@@ -754,12 +1020,59 @@ def _batches(uids: Sequence[str]) -> Iterator[Sequence[str]]:
     return (uids[start : start + 500] for start in range(0, len(uids), 500))
 
 
+def _lacks_commitment() -> ColumnElement[bool]:
+    """Whether a destination of the job owes storage commitment."""
+    table = schema.deliveries
+    owed = exists().where(table.c.job_id == schema.jobs.c.id, table.c.commitment.in_(OPEN_VALUES))
+    return and_(owed, schema.jobs.c.state != State.CANCELLED.value)
+
+
+def _choose_committing(connection: Connection, job_id: str, destinations: Collection[str]) -> None:
+    """Ask these, and no others: a site may have switched it on or off since the job was made."""
+    table = schema.deliveries
+    of_job, among = table.c.job_id == job_id, table.c.destination.in_(list(destinations))
+    on = update(table).where(of_job, among, table.c.commitment == Commitment.NONE.value)
+    off = update(table).where(of_job, ~among, table.c.commitment.in_(OPEN_VALUES))
+    connection.execute(on.values(commitment=Commitment.WANTED.value))
+    connection.execute(off.values(commitment=Commitment.NONE.value, failure_reason=None))
+
+
+def _asked_about(asked: Row[Any]) -> ColumnElement[bool]:
+    table = schema.deliveries
+    return and_(table.c.job_id == asked.job_id, table.c.destination == asked.destination)
+
+
+def _note_committed(connection: Connection, asked: Row[Any], sop_instance_uids: Collection[str]) -> None:
+    table = schema.deliveries
+    for some in _batches(sorted(sop_instance_uids)):
+        named = and_(_asked_about(asked), table.c.sop_instance_uid.in_(some), table.c.commitment.in_(OPEN_VALUES))
+        values = {"commitment": Commitment.COMMITTED.value, "status": DeliveryStatus.SENT.value, "failure_reason": None}
+        connection.execute(update(table).where(named).values(values))
+
+
+def _note_refused(connection: Connection, asked: Row[Any], failed: Mapping[str, int]) -> None:
+    table = schema.deliveries
+    for reason in set(failed.values()):
+        for some in _batches(sorted(uid for uid, why in failed.items() if why == reason)):
+            named = and_(_asked_about(asked), table.c.sop_instance_uid.in_(some))
+            wanted = and_(named, table.c.commitment == Commitment.WANTED.value)
+            values = {"commitment": Commitment.REFUSED.value, "failure_reason": reason}
+            connection.execute(update(table).where(wanted).values(values))
+
+
+def _is_latest(connection: Connection, asked: Row[Any]) -> bool:
+    table = schema.commitments
+    same = and_(table.c.job_id == asked.job_id, table.c.destination == asked.destination)
+    later = select(table.c.transaction_uid).where(same, table.c.asked_at > asked.asked_at)
+    return connection.execute(later.limit(1)).first() is None
+
+
 def _forget_study(connection: Connection, study_uid: str, before: datetime) -> None:
     ids, old = select(schema.jobs.c.id).where(schema.jobs.c.study_uid == study_uid), schema.instances.c
     # An image that arrives at this moment was answered for and stays; it has no job that could be deleted under it.
     aged = delete(schema.instances).where(old.study_uid == study_uid, old.received_at < before)
     connection.execute(aged)
-    for table in (schema.job_inputs, schema.transitions, schema.deliveries):
+    for table in (schema.job_inputs, schema.transitions, schema.deliveries, schema.commitments):
         connection.execute(delete(table).where(table.c.job_id.in_(ids)))
     connection.execute(delete(schema.jobs).where(schema.jobs.c.study_uid == study_uid))
 
@@ -889,7 +1202,8 @@ def _transition(row: Row[Any]) -> Transition:
 
 
 def _delivery_row(job_id: str, delivery: Delivery, now: datetime) -> dict[str, Any]:
-    return asdict(delivery) | {"job_id": job_id, "status": delivery.status.value, "updated_at": now}
+    values = {"status": delivery.status.value, "commitment": delivery.commitment.value, "updated_at": now}
+    return asdict(delivery) | values | {"job_id": job_id}
 
 
 def _delivery(row: Row[Any]) -> Delivery:
@@ -903,4 +1217,10 @@ def _delivery(row: Row[Any]) -> Delivery:
         attempts=row.attempts,
         last_error=row.last_error,
         updated_at=row.updated_at,
+        commitment=Commitment(row.commitment),
+        failure_reason=row.failure_reason,
     )
+
+
+def _transaction(row: Row[Any]) -> Transaction:
+    return Transaction(row.transaction_uid, row.job_id, row.destination, row.asked_at, row.due_at, row.answered_at)

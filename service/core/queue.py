@@ -59,7 +59,8 @@ def enqueue(app: Celery, job: Job) -> bool:
     Returns:
         False when the broker did not take it; the sweep will try again. Tell the ledger (`mark_enqueued`) when True.
     """
-    return enqueue_deliver(app, job.id) if job.state is State.DELIVERING else enqueue_process(app, job.id)
+    to_send = job.state in {State.DELIVERING, State.DELIVERED}
+    return enqueue_deliver(app, job.id) if to_send else enqueue_process(app, job.id)
 
 
 def enqueue_process(app: Celery, job_id: str) -> bool:

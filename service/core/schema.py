@@ -140,4 +140,29 @@ deliveries = Table(
     Column("attempts", Integer, nullable=False, server_default=text("0")),
     Column("last_error", Text, nullable=False, server_default=text("''")),
     Column("updated_at", Utc, nullable=False),
+    Column("commitment", String(16), nullable=False, server_default=text("'NONE'")),
+    Column("failure_reason", Integer),  # PS3.3 C.14.1.1, where the destination does not commit itself
+)
+
+commitments = Table(  # what we asked destinations to commit themselves to
+    "commitments",
+    metadata,
+    Column("transaction_uid", String(UID_LENGTH), primary_key=True),
+    Column("job_id", String(32), ForeignKey("jobs.id"), nullable=False, index=True),
+    Column("destination", String(64), nullable=False),
+    Column("asked_at", Utc, nullable=False),
+    Column("pause_seconds", Float, nullable=False),  # before the next request, if this one is answered with failures
+    Column("due_at", Utc, nullable=False),  # the moment of the next request, as things stand
+    Column("answered_at", Utc),
+)
+
+commitment_requests = Table(  # what others asked us to commit ourselves to
+    "commitment_requests",
+    metadata,
+    Column("ae_title", String(16), primary_key=True),
+    Column("transaction_uid", String(UID_LENGTH), primary_key=True),
+    Column("referenced", JSON, nullable=False),  # [SOP class UID, SOP instance UID] each
+    Column("received_at", Utc, nullable=False),
+    Column("tries", Integer, nullable=False),
+    Column("due_at", Utc),  # when the report is sent, or tried again; NULL: it was answered or given up
 )

@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 PREFIX = "LOWGAD_"
 EMBEDDED_BROKER = "embedded"
+SITE_FILE_ONLY = frozenset({"destinations", "commitment_requestors"})  # tables, which a variable cannot hold
 
 
 class SettingsError(ValueError):
@@ -47,6 +48,28 @@ class Destination(BaseModel):
     port: Port = Field(description="TCP port")
     ae_title: AeTitle = Field(description="Called AE title")
     calling_ae_title: AeTitle = Field(default="LOWGAD", description="AE title we introduce ourselves with")
+    storage_commitment: bool = Field(default=False, description="Ask for storage commitment after sending")
+    commitment_ae_title: AeTitle | None = Field(
+        default=None, description="AE title that reports commitment; unset: the one we call"
+    )
+    commitment_wait_seconds: float = Field(
+        default=5.0, ge=0, le=300, description="How long the association stays open for a report on it"
+    )
+
+    @property
+    def reporting_ae_title(self) -> str:
+        """The only AE title whose reports on this destination are believed."""
+        return self.commitment_ae_title or self.ae_title
+
+
+class CommitmentRequestor(BaseModel):
+    """Who may ask our listener to commit itself to what it received, and where the report goes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ae_title: AeTitle = Field(description="Its AE title")
+    host: str = Field(description="Host name or address")
+    port: Port = Field(description="TCP port")
 
 
 class Settings(BaseModel):
@@ -96,6 +119,15 @@ class Settings(BaseModel):
     delivery_max_attempts: int = Field(default=12, ge=1, description="Attempts to deliver before a job fails")
     delivery_retry_seconds: float = Field(default=15.0, gt=0, description="First pause before another delivery attempt")
     delivery_retry_max_seconds: float = Field(default=900.0, gt=0, description="Longest pause between attempts")
+    commitment_max_attempts: int = Field(
+        default=24, ge=1, description="Requests for storage commitment of one destination before a job fails"
+    )
+    commitment_timeout_seconds: float = Field(
+        default=3600.0, gt=0, description="Wait for a commitment report before asking again"
+    )
+    commitment_requestors: tuple[CommitmentRequestor, ...] = Field(
+        default=(), description="Who may ask us for storage commitment (site file only); none: nobody"
+    )
     destinations: tuple[Destination, ...] = Field(default=(), description="Known destinations (site file only)")
     default_destinations: Names = Field(default=(), description="Destinations of a job that names none")
 
@@ -106,6 +138,14 @@ class Settings(BaseModel):
             raise ValueError("two destinations share a name")
         if unknown := sorted(set(self.default_destinations) - set(names)):
             raise ValueError(f"default_destinations names unknown destinations: {', '.join(unknown)}")
+        return self
+
+    @model_validator(mode="after")
+    def _who_reports_commitment_is_admitted(self) -> Self:
+        reporting = {item.reporting_ae_title for item in self.destinations if item.storage_commitment}
+        reporting |= {item.ae_title for item in self.commitment_requestors}
+        if self.allowed_calling_aes and (missing := sorted(reporting - set(self.allowed_calling_aes))):
+            raise ValueError(f"storage commitment needs these in allowed_calling_aes, too: {', '.join(missing)}")
         return self
 
     @classmethod
@@ -153,9 +193,9 @@ def _from_environ(environ: Mapping[str, str], known: frozenset[str]) -> tuple[di
         name = variable.removeprefix(PREFIX).lower()
         if variable == f"{PREFIX}SITE_FILE":
             site_file = Path(environ[variable])
-        elif name in known - {"destinations"}:
+        elif name in known - SITE_FILE_ONLY:
             values[name] = environ[variable]
-        elif name.removesuffix("_file") in known - {"destinations"}:
+        elif name.removesuffix("_file") in known - SITE_FILE_ONLY:
             values[name.removesuffix("_file")] = _read_secret(variable, Path(environ[variable]))
         else:
             raise _unknown(variable, [f"{PREFIX}{field.upper()}" for field in known] + [f"{PREFIX}SITE_FILE"])

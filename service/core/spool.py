@@ -95,6 +95,18 @@ class Spool:
             raise ValueError("not a SHA-256")
         return self._objects / sha256[:2] / f"{sha256}.dcm"
 
+    def is_whole(self, sha256: str) -> bool:
+        """Whether the object with this digest is there and still has it: all of it is read.
+
+        Raises:
+            OSError: the disk does not answer.
+        """
+        try:
+            with self.path(sha256).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+        except FileNotFoundError:
+            return False
+
     def remove(self, sha256: str) -> None:
         """Delete an object, if it is there."""
         self.path(sha256).unlink(missing_ok=True)

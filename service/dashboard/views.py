@@ -22,7 +22,7 @@ from markupsafe import Markup
 from starlette.staticfiles import StaticFiles
 
 from service.core.job import Stage, State
-from service.core.ledger import Delivery, DeliveryStatus, Ledger
+from service.core.ledger import Commitment, Delivery, DeliveryStatus, Ledger
 from service.core.spool import Spool
 from service.operations import Action, UnknownJobError, act, possible
 
@@ -34,6 +34,7 @@ WORDS = {
     State.COMPUTED: "Computed",
     State.DELIVERING: "Delivering",
     State.DELIVERED: "Delivered",
+    State.COMMITTED: "Committed",
     State.NEEDS_REVIEW: "Needs review",
     State.REJECTED: "Rejected",
     State.FAILED: "Failed",
@@ -119,6 +120,7 @@ def _job(ledger: Ledger, spool: Spool, job_id: str) -> dict[str, Any]:
         "history": ledger.history(job_id),
         "deliveries": deliveries,
         "destinations": _per_destination(deliveries),
+        "kept": _kept(deliveries),
         "inputs": Counter(instance.series_uid for instance in ledger.inputs(job_id)).most_common(),
         "acquisition": list(_acquisition(job.report)),
         "quality": list(_quality(job.report)),
@@ -132,6 +134,15 @@ def _per_destination(deliveries: Iterable[Delivery]) -> list[tuple[str, Counter[
     for delivery in deliveries:
         counts.setdefault(delivery.destination, Counter())[delivery.status] += 1
     return sorted(counts.items())
+
+
+def _kept(deliveries: Iterable[Delivery]) -> dict[str, dict[str, int]]:
+    """Of each destination: how many instances it has committed itself to, of how many it is asked about."""
+    kept = {item.destination: {"committed": 0, "total": 0} for item in deliveries}
+    for item in deliveries:
+        kept[item.destination]["committed"] += item.commitment is Commitment.COMMITTED
+        kept[item.destination]["total"] += item.commitment is not Commitment.NONE
+    return {name: counts if counts["total"] else {} for name, counts in kept.items()}
 
 
 def _acquisition(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

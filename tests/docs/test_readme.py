@@ -17,7 +17,7 @@ from service.api import create_app
 from service.core.job import TRANSITIONS
 from service.core.ledger import Ledger
 from service.core.queue import make_celery
-from service.core.settings import Settings
+from service.core.settings import SITE_FILE_ONLY, Settings
 from service.core.spool import Spool
 
 ROOT = Path(__file__).parents[2]
@@ -35,8 +35,7 @@ def settings() -> str:
     rows = ["| setting | default | meaning |", "| --- | --- | --- |"]
     for name, field in Settings.model_fields.items():
         default = "" if field.default in (None, "", (), frozenset()) else f"`{field.default}`"
-        in_file_only = name == "destinations"
-        shown = f"`{name}`" if in_file_only else f"`LOWGAD_{name.upper()}`"
+        shown = f"`{name}`" if name in SITE_FILE_ONLY else f"`LOWGAD_{name.upper()}`"
         rows.append(f"| {shown} | {default} | {field.description} |")
     return "\n".join([*rows, ""])
 

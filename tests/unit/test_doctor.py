@@ -50,6 +50,16 @@ def test_a_destination_is_asked_by_echo(tmp_path: Path) -> None:
     assert found["destination away"][0] is False
 
 
+def test_a_destination_that_would_be_asked_for_storage_commitment_in_vain_is_a_finding(tmp_path: Path) -> None:
+    with running_scp(sop_classes=[VERIFICATION]) as archive:
+        asked = Destination(
+            name="asked", host="127.0.0.1", port=archive.port, ae_title="ARCHIVE", storage_commitment=True
+        )
+        ok, detail = findings(Settings(data_dir=tmp_path, destinations=(asked,)))["destination asked"]
+    assert not ok
+    assert "does not know storage commitment" in detail
+
+
 def test_a_destination_that_does_not_know_us_is_a_finding(tmp_path: Path) -> None:
     with running_scp(sop_classes=[VERIFICATION], called_ae_required=True) as archive:
         wrong = Destination(name="wrong", host="127.0.0.1", port=archive.port, ae_title="OTHER")

@@ -111,3 +111,11 @@ def test_only_the_settings_and_the_command_line_touch_the_environment() -> None:
         if isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv"}
     ]
     assert readers == []
+
+
+def test_who_reports_storage_commitment_must_be_admitted_by_the_listener() -> None:
+    pacs = {"name": "pacs", "host": "h", "port": 104, "ae_title": "PACS", "storage_commitment": True}
+    with pytest.raises(ValueError, match="needs these in allowed_calling_aes, too: PACS"):
+        Settings(destinations=(pacs,), allowed_calling_aes=("MODALITY",))
+    Settings(destinations=(pacs,), allowed_calling_aes=("MODALITY", "PACS"))
+    Settings(destinations=(pacs | {"commitment_ae_title": "MODALITY"},), allowed_calling_aes=("MODALITY",))

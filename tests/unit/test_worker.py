@@ -66,7 +66,8 @@ class Site:
     """One worker and everything around it."""
 
     def __init__(self, folder: Path, clock: Clock, port: int = 104, **settings: Any) -> None:
-        pacs = Destination(name="pacs", host="127.0.0.1", port=port, ae_title="ARCHIVE")
+        named = {"name": "pacs", "host": "127.0.0.1", "ae_title": "ARCHIVE"} | settings.pop("destination", {})
+        pacs = Destination(port=port, **named)
         self.settings = Settings(
             data_dir=folder, destinations=(pacs,), default_destinations=("pacs",), lease_seconds=5, **settings
         )

@@ -1,0 +1,237 @@
+"""Storage commitment at our listener (PS3.4 annex J): the reports of archives, and requests of those who sent to us.
+
+Hides both directions. As SCU: an archive reports on an association of its own; only a transaction that we started, from
+the AE title that we asked, changes anything. As SCP: a request is noted, and answered from a thread of its own on a new
+association to an address that the site file gives. Must never commit to an instance whose bytes were not just read back
+and found whole, and never connect to an address that a message named.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from pynetdicom import AE, build_role, evt
+from pynetdicom.association import Association
+from pynetdicom.events import EventHandlerType
+from sqlalchemy.exc import SQLAlchemyError
+
+from service.core.accepted import DAMAGE, TRANSFER_SYNTAXES
+from service.core.commitment import (
+    CLASS_INSTANCE_CONFLICT,
+    INVALID_ARGUMENT,
+    NO_SUCH_ACTION,
+    NO_SUCH_OBJECT_INSTANCE,
+    NOT_AUTHORISED,
+    PROCESSING_FAILURE,
+    PUSH_MODEL,
+    PUSH_MODEL_INSTANCE,
+    REQUEST,
+    RESOURCE_LIMITATION,
+    SUCCESS,
+    MessageError,
+    Reference,
+    Report,
+    Request,
+)
+from service.core.ledger import CommitmentRequest, Ledger
+from service.core.settings import CommitmentRequestor, Settings
+from service.core.spool import Spool
+from service.core.telemetry import Log
+
+LOG = Log("commitment")
+
+LONGEST_MESSAGE_BYTES = 1 << 25  # about 200 bytes an instance
+CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 30.0
+CLAIM_SECONDS = 300.0  # for reading the instances back and sending one report
+MOST_TRIES = 12  # of one report
+ACTOR = "listener"
+
+
+class Commitment:
+    """What the listener does about storage commitment. Safe to share between its threads.
+
+    Args:
+        settings: whom we ask, who may ask us.
+        ledger: requests and transactions.
+        spool: the bytes that are committed to.
+        clock: gives the present moment, timezone-aware.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        ledger: Ledger,
+        spool: Spool,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._settings, self._ledger, self._spool, self._clock = settings, ledger, spool, clock
+
+    def negotiate(self, entity: AE) -> None:
+        """Let the listener's application entity accept it, where it is switched on.
+
+        Who reports proposes the role of SCP (PS3.7 annex D.3.3.4), who asks the one of SCU: we agree to both.
+        """
+        asks = any(item.storage_commitment for item in self._settings.destinations)
+        if asks or self._settings.commitment_requestors:
+            entity.add_supported_context(PUSH_MODEL, list(TRANSFER_SYNTAXES[:2]), scu_role=True, scp_role=True)
+
+    def handlers(self) -> list[EventHandlerType]:
+        """For pynetdicom's server."""
+        return [(evt.EVT_N_ACTION, self._answer_request), (evt.EVT_N_EVENT_REPORT, self._answer_report)]
+
+    def report_until(self, stop: threading.Event) -> None:
+        """Send the reports that are due, until told to stop. A database or disk that is away is waited for."""
+        while not stop.is_set():
+            try:
+                self.report_due()
+            except (SQLAlchemyError, OSError) as error:
+                LOG.failure("reports were not sent; it will be repeated", error)
+            stop.wait(self._settings.sweep_seconds)
+
+    def report_due(self) -> None:
+        """Send every report that is due."""
+        while request := self._ledger.claim_request(CLAIM_SECONDS):
+            self._report(request)
+
+    # --- what arrives -------------------------------------------------------------------------------------------------
+
+    def _answer_request(self, event: Any) -> tuple[int, None]:  # pynetdicom has no types
+        """N-ACTION: somebody asks us to keep what it sent."""
+        with _answering(event) as answer:
+            ae_title = str(event.assoc.requestor.ae_title).strip()
+            if self._requestor(ae_title) is None:
+                raise MessageError(NOT_AUTHORISED, "this AE title is not among commitment_requestors")
+            _refuse_size(event.request.ActionInformation)
+            if event.action_type != REQUEST:
+                raise MessageError(NO_SUCH_ACTION, "unknown action type")
+            _refuse_other_instance(event.request.RequestedSOPInstanceUID)
+            request = Request.of(event.action_information)
+            if not self._ledger.add_request(ae_title, request):
+                raise MessageError(INVALID_ARGUMENT, "this transaction is known with other instances")
+            LOG.info("asked for storage commitment", ae_title=ae_title, count=len(request.references))
+        return answer[0], None
+
+    def _answer_report(self, event: Any) -> tuple[int, None]:
+        """N-EVENT-REPORT: an archive says what it keeps of our results."""
+        with _answering(event) as answer:
+            _refuse_size(event.request.EventInformation)
+            _refuse_other_instance(event.request.AffectedSOPInstanceUID)
+            report = Report.of(event.event_type, event.event_information)
+            transaction = self._ledger.transaction(report.transaction_uid)
+            if transaction is None:
+                raise MessageError(INVALID_ARGUMENT, "unknown transaction")
+            destination = self._settings.destination(transaction.destination)
+            ae_title = str(event.assoc.requestor.ae_title).strip()
+            if destination is None or destination.reporting_ae_title != ae_title:
+                raise MessageError(NOT_AUTHORISED, "this AE title was not asked")
+            committed = {item.sop_instance_uid for item in report.committed}
+            failed = {item.sop_instance_uid: reason for item, reason in report.failed}
+            self._ledger.answer_commitment(report.transaction_uid, committed, failed, actor=f"dimse:{ae_title}")
+            words = "storage commitment refused" if failed else "storage committed"
+            LOG.info(words, job_id=transaction.job_id, ae_title=ae_title, count=len(failed or committed))
+        return answer[0], None
+
+    def _requestor(self, ae_title: str) -> CommitmentRequestor | None:
+        return next((item for item in self._settings.commitment_requestors if item.ae_title == ae_title), None)
+
+    # --- what we report -----------------------------------------------------------------------------------------------
+
+    def _report(self, request: CommitmentRequest) -> None:
+        """Say what is safe now, and come back later where nobody listens."""
+        requestor = self._requestor(request.ae_title)
+        if requestor is None:
+            LOG.warning("commitment not reported: no longer among commitment_requestors", ae_title=request.ae_title)
+            self._ledger.settle_request(request, None)
+            return
+        status = self._send(self._judge(request), requestor)
+        if status is None and request.tries < MOST_TRIES:
+            longest, first = self._settings.delivery_retry_max_seconds, self._settings.delivery_retry_seconds
+            pause = timedelta(seconds=min(longest, first * 2.0 ** (request.tries - 1)))
+            LOG.warning("commitment not reported; it will be tried again", ae_title=request.ae_title)
+            self._ledger.settle_request(request, self._clock() + pause)
+            return
+        if status == SUCCESS:
+            LOG.info("commitment reported", ae_title=request.ae_title, count=len(request.references))
+        else:
+            LOG.warning("commitment report given up", ae_title=request.ae_title, status=status or 0)
+        self._ledger.settle_request(request, None)
+
+    def _judge(self, request: CommitmentRequest) -> Report:
+        reasons = {reference: self._why_not(reference) for reference in request.references}
+        committed = tuple(reference for reference, reason in reasons.items() if reason is None)
+        failed = tuple((reference, reason) for reference, reason in reasons.items() if reason is not None)
+        return Report(request.transaction_uid, committed, failed)
+
+    def _why_not(self, reference: Reference) -> int | None:
+        """The Failure Reason for an instance that we cannot commit to; None: ledger and spool hold it whole."""
+        known = self._ledger.instance(reference.sop_instance_uid)
+        if known is None:
+            return NO_SUCH_OBJECT_INSTANCE
+        if known.sop_class_uid != reference.sop_class_uid:
+            return CLASS_INSTANCE_CONFLICT
+        if not self._spool.is_whole(known.sha256):
+            LOG.warning("an object of the spool is gone or damaged", sha256=known.sha256)
+            return PROCESSING_FAILURE
+        return None
+
+    def _send(self, report: Report, requestor: CommitmentRequestor) -> int | None:
+        """N-EVENT-REPORT on a new association; the status that was answered, None where nobody answered."""
+        entity = AE(ae_title=self._settings.ae_title)
+        entity.connection_timeout = entity.acse_timeout = CONNECT_SECONDS
+        entity.dimse_timeout = entity.network_timeout = ANSWER_SECONDS
+        entity.add_requested_context(PUSH_MODEL, list(TRANSFER_SYNTAXES[:2]))
+        role = build_role(PUSH_MODEL, scp_role=True)
+        association = entity.associate(
+            requestor.host, requestor.port, ae_title=requestor.ae_title, ext_neg=[role], max_pdu=0
+        )
+        if not association.is_established:
+            return None
+        try:
+            return _send_report(association, report)
+        finally:
+            association.release()
+
+
+def _send_report(association: Association, report: Report) -> int | None:
+    try:
+        response, _ = association.send_n_event_report(
+            report.to_dataset(), report.event_type, PUSH_MODEL, PUSH_MODEL_INSTANCE
+        )
+    except (RuntimeError, ValueError):  # pynetdicom: the association ended, or the context was not accepted
+        return None
+    return int(response.Status) if "Status" in response else None
+
+
+@contextmanager
+def _answering(event: Any) -> Iterator[list[int]]:
+    """Gives a list whose one item is the status to answer with, once the block has ended, however it did."""
+    event.assoc.dul.socket.recv.message_ended()
+    answer = [SUCCESS]
+    peer = {"ae_title": str(event.assoc.requestor.ae_title).strip(), "peer": event.assoc.requestor.address}
+    try:
+        yield answer
+    except MessageError as error:
+        answer[0] = error.status
+        LOG.warning(str(error), status=error.status, **peer)
+    except SQLAlchemyError as error:
+        answer[0] = RESOURCE_LIMITATION
+        LOG.failure("storage commitment: the database did not answer", error, status=answer[0], **peer)
+    except DAMAGE as error:
+        answer[0] = INVALID_ARGUMENT
+        LOG.failure("storage commitment: the message cannot be read", error, status=answer[0], **peer)
+
+
+def _refuse_size(information: Any) -> None:
+    if information is None:
+        raise MessageError(INVALID_ARGUMENT, "a message without information")
+    if information.getbuffer().nbytes > LONGEST_MESSAGE_BYTES:
+        raise MessageError(RESOURCE_LIMITATION, "the message is too long")
+
+
+def _refuse_other_instance(sop_instance_uid: Any) -> None:
+    if sop_instance_uid != PUSH_MODEL_INSTANCE:
+        raise MessageError(NO_SUCH_OBJECT_INSTANCE, "not the well-known instance of storage commitment")

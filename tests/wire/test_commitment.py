@@ -1,0 +1,469 @@
+"""Storage commitment both ways, against Orthanc and against peers that do what a test wants."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydicom import dcmread
+from pynetdicom import AE, build_role, evt
+from pynetdicom.association import Association
+
+from service.commitment import MOST_TRIES, Commitment
+from service.core.commitment import PUSH_MODEL, PUSH_MODEL_INSTANCE, Reference, Report, Request
+from service.core.errors import Reason
+from service.core.job import State
+from service.core.ledger import Ledger
+from service.core.settings import CommitmentRequestor
+from service.intake import Intake
+from service.listener import Listener
+from tests.conftest import Clock
+from tests.factories import uid, write_study
+from tests.peers import EXPLICIT_VR_LITTLE_ENDIAN, MR_IMAGE_STORAGE, free_port, running_orthanc, running_scp, wait_until
+from tests.unit.test_worker import PAIR, Site
+
+COMMITTING = {"storage_commitment": True, "commitment_wait_seconds": 0}
+HOUR = 3600.0
+
+
+@contextmanager
+def listening(site: Site, port: int = 0) -> Iterator[tuple[int, Commitment]]:
+    """The site's listener, in this process; gives its port."""
+    intake = Intake(site.settings, site.ledger, site.spool, site.queue, site.clock)
+    commitment = Commitment(site.settings, site.ledger, site.spool, site.clock)
+    settings = site.settings.model_copy(update={"listen_port": port})
+    listener = Listener(settings, intake, site.spool, commitment)
+    try:
+        yield listener.start(), commitment
+    finally:
+        listener.stop(0.2)
+
+
+@dataclass
+class Archive:
+    """Stores everything, and keeps what `reasons` does not give a Failure Reason for."""
+
+    port: int
+    received: list[str] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
+    reasons: dict[str, int] = field(default_factory=dict)
+    status: int = 0x0000  # of the answer to N-ACTION
+    on_same_association: bool = False
+    answers: list[int] = field(default_factory=list)  # what was answered to our reports
+
+    def report(self, request: Request) -> Report:
+        kept = tuple(item for item in request.references if item.sop_instance_uid not in self.reasons)
+        lost = [item for item in request.references if item not in kept]
+        return Report(
+            request.transaction_uid, kept, tuple((item, self.reasons[item.sop_instance_uid]) for item in lost)
+        )
+
+    def store(self, event: Any) -> int:
+        self.received.append(str(event.request.AffectedSOPInstanceUID))
+        return 0x0000
+
+    def act(self, event: Any) -> tuple[int, None]:
+        request = Request.of(event.action_information)
+        self.requests.append(request)
+        if self.on_same_association and self.status == 0:
+            threading.Timer(0.1, lambda: self.answers.append(send_report(event.assoc, self.report(request)))).start()
+        return self.status, None
+
+
+def send_report(association: Association, report: Report) -> int:
+    answer, _ = association.send_n_event_report(report.to_dataset(), report.event_type, PUSH_MODEL, PUSH_MODEL_INSTANCE)
+    return int(answer.Status)
+
+
+def call_with_report(port: int, report: Report, calling: str = "ARCHIVE") -> int:
+    """What our listener answers to a report on a new association."""
+    entity = AE(ae_title=calling)
+    entity.add_requested_context(PUSH_MODEL)
+    association = entity.associate(
+        "127.0.0.1", port, ae_title="LOWGAD", ext_neg=[build_role(PUSH_MODEL, scp_role=True)]
+    )
+    assert association.is_established
+    assert association.accepted_contexts[0].as_scp
+    try:
+        return send_report(association, report)
+    finally:
+        association.release()
+
+
+@contextmanager
+def running_archive(port: int | None = None, **how: Any) -> Iterator[Archive]:
+    archive = Archive(port or free_port(), **how)
+    entity = AE(ae_title="ARCHIVE")
+    entity.add_supported_context(MR_IMAGE_STORAGE, EXPLICIT_VR_LITTLE_ENDIAN)
+    entity.add_supported_context(PUSH_MODEL)
+    handlers = [(evt.EVT_C_STORE, archive.store), (evt.EVT_N_ACTION, archive.act)]
+    server = entity.start_server(("127.0.0.1", archive.port), block=False, evt_handlers=handlers)
+    try:
+        yield archive
+    finally:
+        server.shutdown()
+
+
+@pytest.fixture
+def make_site(tmp_path: Path, clock: Clock) -> Iterator[Callable[..., Site]]:
+    opened: list[Site] = []
+
+    def make(port: int = 104, **settings: Any) -> Site:
+        settings = {"destination": COMMITTING | settings.pop("destination", {}), **settings}
+        opened.append(Site(tmp_path / "site", clock, port, **settings))
+        return opened[-1]
+
+    yield make
+    for site in opened:
+        site.ledger.close()
+
+
+def delivered(site: Site) -> str:
+    """The id of a job whose result was sent, and whose destination was asked once."""
+    job_id = site.new_job("pacs")
+    site.worker.process(job_id)
+    site.worker.deliver(job_id)
+    return job_id
+
+
+def later(site: Site, job_id: str, seconds: float) -> State:
+    """Let time pass, and let the worker look at the job again; the sweep must agree that it is time."""
+    site.clock.advance(seconds)
+    assert [job.id for job in site.ledger.due(0)] == [job_id]
+    site.worker.deliver(job_id)
+    return site.job(job_id).state
+
+
+# --- as SCU -----------------------------------------------------------------------------------------------------------
+
+
+def test_orthanc_commits_itself_on_an_association_of_its_own(tmp_path: Path, make_site: Callable[..., Site]) -> None:
+    port = free_port()
+    with running_orthanc(tmp_path / "orthanc", DicomModalities={"lowgad": ["LOWGAD", "127.0.0.1", port]}) as orthanc:
+        site = make_site(orthanc.dicom_port, destination={"ae_title": "ORTHANC"})
+        with listening(site, port):
+            job_id = delivered(site)
+            wait_until(lambda: site.job(job_id).state is State.COMMITTED, what="the commitment")
+        assert orthanc.sop_instance_uids() == {row.sop_instance_uid for row in site.ledger.deliveries(job_id)}
+    assert site.states(job_id)[-2:] == [State.DELIVERED, State.COMMITTED]
+    assert site.ledger.history(job_id)[-1].actor == "dimse:ORTHANC"
+    assert site.ledger.due(0) == []
+
+
+def test_a_report_on_the_association_of_the_request_is_taken(make_site: Callable[..., Site]) -> None:
+    with running_archive(on_same_association=True) as archive:
+        site = make_site(archive.port, destination={"commitment_wait_seconds": 10})
+        job_id = delivered(site)
+    assert (site.job(job_id).state, archive.answers) == (State.COMMITTED, [0x0000])
+    [request] = archive.requests
+    assert {item.sop_instance_uid for item in request.references} == set(archive.received)
+    assert {item.sop_class_uid for item in request.references} == {MR_IMAGE_STORAGE}
+
+
+def test_without_storage_commitment_delivered_is_final(make_site: Callable[..., Site]) -> None:
+    with running_archive() as archive:
+        site = make_site(archive.port, destination={"storage_commitment": False})
+        job_id = delivered(site)
+    assert (site.job(job_id).state, site.job(job_id).due_at, archive.requests) == (State.DELIVERED, None, [])
+    site.clock.advance(HOUR * 100)
+    assert site.ledger.due(0) == []
+
+
+def test_a_destination_that_does_not_know_storage_commitment_is_an_error_that_says_so(
+    make_site: Callable[..., Site],
+) -> None:
+    with running_scp() as scp:
+        job_id = delivered(site := make_site(scp.port))
+    job = site.job(job_id)
+    assert (job.state, job.reason) == (State.FAILED, Reason.COMMITMENT_REFUSED)
+    assert "no presentation context accepted for Storage Commitment Push Model" in job.detail
+    assert [row.dimse_status for row in site.ledger.deliveries(job_id)] == [0x0000] * 4
+
+
+def test_an_archive_that_never_answers_is_asked_again_in_new_transactions_and_at_last_is_an_error(
+    make_site: Callable[..., Site],
+) -> None:
+    with running_archive() as archive:
+        site = make_site(archive.port, commitment_max_attempts=3, commitment_timeout_seconds=HOUR)
+        job_id = delivered(site)
+        assert site.job(job_id).detail == "pacs: storage commitment of 4 instances asked for 1 of 3 times"
+        site.clock.advance(HOUR - 1)
+        assert site.ledger.due(0) == []
+        assert [later(site, job_id, seconds) for seconds in (1, HOUR)] == [State.DELIVERED] * 2
+        assert later(site, job_id, HOUR) is State.FAILED
+    assert site.job(job_id).reason is Reason.COMMITMENT_TIMEOUT
+    assert len({request.transaction_uid for request in archive.requests}) == 3
+    with listening(site) as (port, _):
+        assert call_with_report(port, archive.report(archive.requests[0])) == 0x0000
+    assert site.job(job_id).state is State.COMMITTED  # late, and true all the same
+
+
+def test_what_the_archive_says_it_does_not_have_is_sent_again(make_site: Callable[..., Site]) -> None:
+    with running_archive(on_same_association=True) as archive:
+        site = make_site(archive.port, destination={"commitment_wait_seconds": 10})
+        lost = uid("derived", "sd", 0)
+        archive.reasons[lost] = 0x0112
+        job_id = delivered(site)
+        assert site.job(job_id).state is State.DELIVERED
+        archive.reasons.clear()
+        assert later(site, job_id, site.settings.delivery_retry_seconds) is State.DELIVERING
+        assert "took instances and does not have them" in site.ledger.history(job_id)[-1].detail
+        assert later(site, job_id, 0) is State.COMMITTED
+    assert archive.received[4:] == [lost]
+    assert [len(request.references) for request in archive.requests] == [4, 1]
+
+
+def test_an_archive_that_will_never_keep_an_instance_is_an_error_at_once(make_site: Callable[..., Site]) -> None:
+    with running_archive(on_same_association=True) as archive:
+        archive.reasons = {uid("derived", "sd", 0): 0x0122}
+        site = make_site(archive.port, destination={"commitment_wait_seconds": 10})
+        job_id = delivered(site)
+        assert later(site, job_id, site.settings.delivery_retry_seconds) is State.FAILED
+    assert site.job(job_id).reason is Reason.COMMITMENT_REFUSED
+    assert site.job(job_id).detail == "pacs: 1 instances not committed: 0x0122 SOP class not supported"
+
+
+@pytest.mark.parametrize(("status", "state"), [(0x0110, State.DELIVERED), (0x0124, State.FAILED)])
+def test_a_request_that_is_refused_is_tried_again_only_where_that_may_help(
+    make_site: Callable[..., Site], status: int, state: State
+) -> None:
+    with running_archive(status=status) as archive:
+        job_id = delivered(site := make_site(archive.port))
+        assert site.job(job_id).state is state
+        archive.status = 0x0000
+        if state is State.DELIVERED:
+            later(site, job_id, site.settings.delivery_retry_seconds)
+            assert len(archive.requests) == 2
+
+
+def test_an_archive_that_restarts_between_sending_and_asking_is_asked_when_it_is_back(
+    make_site: Callable[..., Site],
+) -> None:
+    with running_archive() as archive:
+        site = make_site(archive.port)
+        job_id = site.new_job("pacs")
+        site.worker.process(job_id)
+        site.worker.settings = site.settings.model_copy(update={"commitment_max_attempts": 2})
+        claim = site.ledger.claim_commitment
+        site.ledger.claim_commitment = lambda *_: None  # type: ignore[method-assign]  the moment before it is asked
+        site.worker.deliver(job_id)
+        site.ledger.claim_commitment = claim  # type: ignore[method-assign]
+    assert later(site, job_id, 0) is State.DELIVERED
+    with running_archive(archive.port, on_same_association=True):
+        site.worker.settings.destinations[0].__dict__["commitment_wait_seconds"] = 10
+        assert later(site, job_id, site.settings.delivery_retry_seconds) is State.COMMITTED
+
+
+def test_a_restart_between_request_and_report_loses_nothing(make_site: Callable[..., Site]) -> None:
+    with running_archive() as archive:
+        before = make_site(archive.port)
+        job_id = delivered(before)
+        before.ledger.close()
+        after = make_site(archive.port)
+        with listening(after) as (port, _):
+            assert call_with_report(port, archive.report(archive.requests[0])) == 0x0000
+            assert call_with_report(port, archive.report(archive.requests[0])) == 0x0000  # its answer was lost
+    assert after.job(job_id).state is State.COMMITTED
+
+
+def test_a_report_of_an_unknown_transaction_or_from_somebody_else_changes_nothing(
+    make_site: Callable[..., Site], caplog: pytest.LogCaptureFixture
+) -> None:
+    with running_archive() as archive:
+        site = make_site(archive.port)
+        job_id = delivered(site)
+        true = archive.report(archive.requests[0])
+        forged = Report("2.25.1", true.committed)
+        foreign = Report(true.transaction_uid, (Reference(MR_IMAGE_STORAGE, "1.2.3"),))
+        with listening(site) as (port, _):
+            assert call_with_report(port, forged) == 0x0115
+            assert call_with_report(port, true, calling="MALLORY") == 0x0124
+            assert call_with_report(port, foreign) == 0x0000
+    assert site.job(job_id).state is State.DELIVERED
+    assert all(row.is_open for row in site.ledger.deliveries(job_id))
+    logged = [record.getMessage() for record in caplog.records]
+    assert "unknown transaction" in logged
+    assert "this AE title was not asked" in logged
+
+
+def test_a_result_is_kept_until_it_is_committed_however_old_it_is(make_site: Callable[..., Site]) -> None:
+    with running_archive() as archive:
+        site = make_site(archive.port)
+        job_id = delivered(site)
+        site.clock.advance(HOUR * 24 * 365)
+        assert site.ledger.forget(site.clock.now) == 0
+        site.ledger.move(job_id, [State.DELIVERED], State.FAILED, actor="t", reason=Reason.COMMITMENT_TIMEOUT)
+        site.clock.advance(1)
+        assert site.ledger.forget(site.clock.now) == 0
+        with listening(site) as (port, _):
+            call_with_report(port, archive.report(archive.requests[0]))
+        site.clock.advance(1)
+        assert site.ledger.forget(site.clock.now) == 1
+
+
+def test_a_resend_asks_again_about_everything(make_site: Callable[..., Site]) -> None:
+    with running_archive(on_same_association=True) as archive:
+        site = make_site(archive.port, destination={"commitment_wait_seconds": 10})
+        job_id = delivered(site)
+        site.ledger.resend(job_id, "operator")
+        site.worker.deliver(job_id)
+    assert site.job(job_id).state is State.COMMITTED
+    assert [len(request.references) for request in archive.requests] == [4, 4]
+    assert len(archive.received) == 8
+
+
+def test_once_switched_off_nobody_is_waited_for(make_site: Callable[..., Site]) -> None:
+    with running_archive() as archive:
+        site = make_site(archive.port, commitment_timeout_seconds=HOUR)
+        job_id = delivered(site)
+        quiet = site.settings.destinations[0].model_copy(update={"storage_commitment": False})
+        site.worker.settings = site.settings.model_copy(update={"destinations": (quiet,)})
+        assert later(site, job_id, HOUR) is State.DELIVERED
+    assert site.job(job_id).due_at is None
+    assert not any(row.is_open for row in site.ledger.deliveries(job_id))
+
+
+# --- as SCP -----------------------------------------------------------------------------------------------------------
+
+
+REFERENCES = tuple(Reference(MR_IMAGE_STORAGE, str(dataset.SOPInstanceUID)) for dataset in PAIR.all)
+
+
+@dataclass
+class Modality:
+    """Asks us, and takes our reports."""
+
+    port: int
+    reports: list[Report] = field(default_factory=list)
+
+    def take(self, event: Any) -> tuple[int, None]:
+        self.reports.append(Report.of(event.event_type, event.event_information))
+        return 0x0000, None
+
+
+@contextmanager
+def running_modality(port: int | None = None) -> Iterator[Modality]:
+    modality = Modality(port or free_port())
+    entity = AE(ae_title="MODALITY")
+    entity.add_supported_context(PUSH_MODEL, scu_role=False, scp_role=True)
+    handlers = [(evt.EVT_N_EVENT_REPORT, modality.take)]
+    server = entity.start_server(("127.0.0.1", modality.port), block=False, evt_handlers=handlers)
+    try:
+        yield modality
+    finally:
+        server.shutdown()
+
+
+def ask(port: int, request: Request, calling: str = "MODALITY", instance: str = PUSH_MODEL_INSTANCE) -> int:
+    entity = AE(ae_title=calling)
+    entity.add_requested_context(PUSH_MODEL)
+    association = entity.associate("127.0.0.1", port, ae_title="LOWGAD")
+    assert association.is_established
+    try:
+        answer, _ = association.send_n_action(request.to_dataset(), 1, PUSH_MODEL, instance)
+        return int(answer.Status)
+    finally:
+        association.release()
+
+
+def receiving(make_site: Callable[..., Site], modality_port: int) -> Site:
+    requestor = CommitmentRequestor(ae_title="MODALITY", host="127.0.0.1", port=modality_port)
+    site = make_site(commitment_requestors=(requestor,))
+    site.new_job()
+    return site
+
+
+def test_orthanc_is_told_which_of_its_images_are_safe_here(tmp_path: Path, make_site: Callable[..., Site]) -> None:
+    port, orthanc_port = free_port(), free_port()
+    modalities = {"lowgad": ["LOWGAD", "127.0.0.1", port]}
+    with running_orthanc(tmp_path / "orthanc", DicomPort=orthanc_port, DicomModalities=modalities) as orthanc:
+        requestor = CommitmentRequestor(ae_title="ORTHANC", host="127.0.0.1", port=orthanc_port)
+        site = make_site(commitment_requestors=(requestor,))
+        paths = write_study(tmp_path / "study")[:3]
+        for path in paths:
+            upload(orthanc.http_port, path)
+        with listening(site, port) as (_, commitment):
+            stored = orthanc.post("/modalities/lowgad/store", orthanc.get("/instances"))
+            assert stored["FailedInstancesCount"] == 0
+            known = [[str(dcmread(path).SOPClassUID), str(dcmread(path).SOPInstanceUID)] for path in paths]
+            unknown = [MR_IMAGE_STORAGE, "2.25.99"]
+            asked = orthanc.post("/modalities/lowgad/storage-commitment", {"DicomInstances": [*known, unknown]})
+            commitment.report_due()
+            wait_until(lambda: orthanc.get(asked["Path"])["Status"] != "Pending", what="the report")
+            report = orthanc.get(asked["Path"])
+    assert report["Status"] == "Failure"
+    assert {item["SOPInstanceUID"] for item in report["Success"]} == {uid for _, uid in known}
+    assert [(item["SOPInstanceUID"], item["FailureReason"]) for item in report["Failures"]] == [("2.25.99", 0x0112)]
+
+
+def upload(http_port: int, path: Path) -> None:
+    import urllib.request
+
+    urllib.request.urlopen(f"http://127.0.0.1:{http_port}/instances", path.read_bytes(), timeout=30).close()
+
+
+def test_only_what_ledger_and_spool_hold_whole_is_committed_to(make_site: Callable[..., Site]) -> None:
+    with running_modality() as modality:
+        site = receiving(make_site, modality.port)
+        damaged = site.ledger.instance(REFERENCES[0].sop_instance_uid)
+        assert damaged is not None
+        site.spool.path(damaged.sha256).write_bytes(b"cut off")
+        request = Request(
+            "2.25.5", (*REFERENCES, Reference("1.2.840.10008.5.1.4.1.1.2", REFERENCES[1].sop_instance_uid))
+        )
+        with listening(site) as (port, commitment):
+            assert ask(port, request) == 0x0000
+            commitment.report_due()
+    [report] = modality.reports
+    assert report.transaction_uid == "2.25.5"
+    assert set(report.committed) == set(REFERENCES[1:])
+    assert dict(report.failed) == {REFERENCES[0]: 0x0110, request.references[-1]: 0x0119}
+
+
+def test_a_modality_that_is_away_is_told_when_it_is_back_even_after_a_restart(make_site: Callable[..., Site]) -> None:
+    away = free_port()
+    site = receiving(make_site, away)
+    with listening(site) as (port, commitment):
+        assert ask(port, Request("2.25.6", REFERENCES)) == 0x0000
+        assert ask(port, Request("2.25.6", REFERENCES)) == 0x0000  # our answer was lost
+        assert ask(port, Request("2.25.6", REFERENCES[:1])) == 0x0115
+        commitment.report_due()
+    site.ledger.close()
+    site.clock.advance(site.settings.delivery_retry_seconds)
+    with Ledger.open(site.settings.ledger_url, site.clock) as ledger, running_modality(away) as modality:
+        Commitment(site.settings, ledger, site.spool, site.clock).report_due()
+        site.clock.advance(HOUR)
+        Commitment(site.settings, ledger, site.spool, site.clock).report_due()
+    [report] = modality.reports
+    assert (report.event_type, set(report.committed)) == (1, set(REFERENCES))
+
+
+def test_a_modality_that_never_comes_back_is_given_up(make_site: Callable[..., Site]) -> None:
+    site = receiving(make_site, free_port())
+    site.ledger.add_request("MODALITY", Request("2.25.7", REFERENCES))
+    for _ in range(MOST_TRIES):
+        Commitment(site.settings, site.ledger, site.spool, site.clock).report_due()
+        site.clock.advance(HOUR)
+    assert site.ledger.claim_request(1) is None
+
+
+def test_who_is_not_named_in_the_site_file_may_not_ask(make_site: Callable[..., Site]) -> None:
+    site = receiving(make_site, free_port())
+    with listening(site) as (port, _):
+        assert ask(port, Request("2.25.8", REFERENCES), calling="MALLORY") == 0x0124
+        assert ask(port, Request("2.25.8", ())) == 0x0115
+        assert ask(port, Request("2.25.8", REFERENCES), instance="1.2.3") == 0x0112
+    assert site.ledger.claim_request(1) is None
+
+
+def test_where_nobody_is_asked_and_nobody_asks_it_is_not_negotiated(make_site: Callable[..., Site]) -> None:
+    site = make_site(destination={"storage_commitment": False})
+    entity = AE(ae_title="MODALITY")
+    entity.add_requested_context(PUSH_MODEL)
+    with listening(site) as (port, _):
+        assert not entity.associate("127.0.0.1", port, ae_title="LOWGAD").is_established
