@@ -189,7 +189,7 @@ class Recipe:
     low_description: str = "t1_mprage_sag_KM"
     pre_changes: Mapping[str, Any] = field(default_factory=dict)  # keyword to value in every slice; None deletes
     low_changes: Mapping[str, Any] = field(default_factory=dict)
-    volumes: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None  # (k, j, i), instead of a phantom
+    volumes: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None  # (k, j, i) of both; None is a phantom
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from pydicom import dcmread
-from pydicom.dataelem import DataElement
+from pydicom.charset import convert_encodings
+from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.filereader import read_file_meta_info
 from pydicom.pixels.utils import pixel_array
 from pydicom.sequence import Sequence
 from pydicom.tag import Tag
-from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, MRImageStorage
-from pydicom.valuerep import VR, format_number_as_ds
+from pydicom.uid import JPEG2000, UID, DeflatedExplicitVRLittleEndian, JPEGLSNearLossless, MRImageStorage
+from pydicom.valuerep import VR, PersonName, format_number_as_ds
 
 from service.core.accepted import DAMAGE, SOP_CLASSES, TRANSFER_SYNTAXES
 from service.core.errors import Permanent, Reason
@@ -39,6 +40,9 @@ _MAX_FRAMES = 4096
 _MAX_BYTES = 2**30
 
 _PIXEL_DATA = Tag("PixelData")
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# Transfer syntaxes that may be lossy, and the method (PS3.3 C.7.6.1.1.5): lossy where the header is silent.
+_LOSSY = {JPEGLSNearLossless: "ISO_14495_1", JPEG2000: "ISO_15444_1"}
 
 Stored = npt.NDArray[np.integer]
 
@@ -136,7 +140,11 @@ def _parse(path: Path) -> FileDataset:
         # A few deflated kilobytes can become gigabytes: refused before a byte is inflated.
         raise Permanent(Reason.UNSUPPORTED_OBJECT, f"transfer syntax {syntax.name}")
     dataset = dcmread(path, stop_before_pixels=not wanted)
+    name = dataset.get_item("PatientName")
     _convert(dataset)
+    _keep_undecodable(dataset, name)
+    if syntax in _LOSSY and not texts(dataset, "LossyImageCompression"):
+        dataset.LossyImageCompression, dataset.LossyImageCompressionMethod = "01", _LOSSY[syntax]
     for keyword in ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID") if wanted else ():
         if not dataset.get(keyword):
             raise Permanent(Reason.UNREADABLE_FILE, f"{keyword} is missing")
@@ -152,6 +160,13 @@ def _convert(dataset: Dataset) -> None:
         element = dataset[tag]
         for item in element.value if element.VR == VR.SQ else ():
             _convert(item)
+
+
+def _keep_undecodable(dataset: Dataset, written: DataElement | RawDataElement | None) -> None:
+    """Keep the bytes of a name that is not in the stated character set: another name would be another patient."""
+    if written is not None and isinstance(written.value, bytes) and _REPLACEMENT in str(dataset.get("PatientName", "")):
+        encodings = convert_encodings(dataset.get("SpecificCharacterSet", ""))
+        dataset.PatientName = PersonName(written.value.rstrip(b" "), encodings)
 
 
 def _bounded_pixels(dataset: Dataset, path: Path) -> _Pixels:

@@ -7,6 +7,7 @@ patient, or images that lowgad made: those are set aside, and said to be.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from collections import Counter, defaultdict
@@ -187,7 +188,11 @@ def _volumes(series_uid: str, planes: Sequence[Plane]) -> Sequence[Series]:
     whole = _series(series_uid, planes)
     if not whole.fault:
         return [whole]
-    varying = [keyword for keyword in _DIVIDERS if len(_values(planes, [keyword])) > 1]
+    if len(planes) < (number(planes[0].header, "ImagesInAcquisition") or 0):
+        return [whole]
+    # A gap is no reason to look for two volumes: two halves of one would be found. Stacks are said to be volumes.
+    dividers = _DIVIDERS if whole.fault.reason is Reason.IRREGULAR_GEOMETRY else _DIVIDERS[:1]
+    varying = [keyword for keyword in dividers if len(_values(planes, [keyword])) > 1]
     for keywords in itertools.chain(itertools.combinations(varying, 1), itertools.combinations(varying, 2)):
         parts = _divided(series_uid, planes, keywords)
         if parts and not any(part.fault for part in parts):
@@ -230,7 +235,10 @@ def _part_missing(planes: Sequence[Plane]) -> Fault | None:
 
 def _series(series_uid: str, planes: Sequence[Plane], part: str = "") -> Series:
     """Sort the planes along their normal, or say what keeps them from being one regular volume."""
-    fault = next(iter(geometry_faults([HeaderSummary.of(plane.header) for plane in planes])), None)
+    summaries = [HeaderSummary.of(plane.header) for plane in planes]
+    if part:  # ImagesInAcquisition may count the other volumes too
+        summaries = [dataclasses.replace(summary, images_in_acquisition=None) for summary in summaries]
+    fault = next(iter(geometry_faults(summaries)), None)
     fault = fault or _impossible(planes)
     if fault:
         return Series(series_uid, tuple(planes), fault, part)

@@ -382,6 +382,18 @@ def test_text_keeps_its_bytes_in_every_character_set(tmp_path: Path, charset: st
     assert image.PatientName == name
 
 
+@pytest.mark.filterwarnings("ignore:Failed to decode byte string")
+def test_a_name_that_is_not_in_its_character_set_keeps_its_bytes(tmp_path: Path) -> None:
+    """Latin-1 under a header that says UTF-8, as systems in between make it: a replaced letter is another patient."""
+    paths = write_study(tmp_path / "in", patient_name="Grüße^Jörg")
+    for path in paths:
+        path.write_bytes(path.read_bytes().replace(b"ISO_IR 100", b"ISO_IR 192"))
+    for kind in Kind:
+        image = dcmread(saved(tmp_path / kind.value, derived(choose_pair(read_study(paths)), kind))[0])
+        assert image.SpecificCharacterSet == "ISO_IR 192"
+        assert image.get_item("PatientName").value.strip() == "Grüße^Jörg".encode("latin-1")
+
+
 def test_two_character_sets_in_one_pair_become_one_that_holds_both(tmp_path: Path) -> None:
     low = {"SpecificCharacterSet": "ISO_IR 192", "ContrastBolusAgent": "Gadovist 注射"}
     paths = write_study(tmp_path / "in", patient_name="Grüße^Jörg", low_changes=low)

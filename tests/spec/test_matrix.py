@@ -103,6 +103,7 @@ def _every_second_number(datasets: list[Dataset]) -> None:
 FORMS: Mapping[str, Callable[[SyntheticPair], list[Dataset]]] = {
     "classic": lambda pair: pair.all,
     "enhanced": lambda pair: [as_enhanced(pair.pre), as_enhanced(pair.low)],
+    "an Enhanced object for each slice": lambda pair: [as_enhanced([dataset]) for dataset in pair.all],
     "legacy": lambda pair: [as_legacy_converted(pair.pre), as_legacy_converted(pair.low)],
     "concatenated": lambda pair: [
         part for half in (pair.pre, pair.low) for part in as_concatenation(as_enhanced(half), 3)
@@ -211,6 +212,7 @@ VENDORS = [
         sequence="SPGR"),
     Row("Siemens XA, Enhanced", SIEMENS_XA, form="enhanced"),
     Row("Siemens XA, Enhanced, words of the low dose alone", SIEMENS_XA | _words("T1", "T1 post contrast"), "enhanced"),
+    Row("Siemens XA, Enhanced, one object for each slice", SIEMENS_XA, form="an Enhanced object for each slice"),
     Row("GE BRAVO, signed", GE | {"agent": "DOTAREM", "volume_ml": "4"}, agent="gadoterate"),
     Row("GE inversion-prepared FSPGR", GE_FSPGR | _both(InversionTime="450"), sequence="MPRAGE"),
     Row("GE FSPGR", GE_FSPGR, sequence="SPGR"),

@@ -13,15 +13,25 @@ import pytest
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.pixels import compress
-from pydicom.uid import UID, JPEG2000Lossless, JPEGLSLossless, MediaStorageDirectoryStorage, RLELossless
+from pydicom.uid import (
+    JPEG2000,
+    UID,
+    JPEG2000Lossless,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+    MediaStorageDirectoryStorage,
+    RLELossless,
+)
 
 from service.core.errors import Permanent, Reason
+from service.core.header import texts
 from tests.factories import (
     SyntheticPair,
     as_concatenation,
     as_enhanced,
     as_legacy_converted,
     as_stacks,
+    compress_file,
     encode,
     make_pair,
     uid,
@@ -29,6 +39,7 @@ from tests.factories import (
 )
 from worker.acquisition import read_acquisition
 from worker.pairing import choose_pair
+from worker.planes import read_instance
 from worker.study import Study, find_files, read_study
 
 REAL_PHILIPS = Path(__file__).parents[2].parent / "shared" / "data" / "philips-t1-classic-and-enhanced.zip"
@@ -293,6 +304,37 @@ def test_slices_that_are_there_twice_and_say_nothing_apart_stay_an_irregular_ser
     assert [one.fault and one.fault.reason for one in series] == [Reason.IRREGULAR_GEOMETRY]
 
 
+def test_a_gap_is_a_gap_also_where_the_acquisition_number_changes_across_it(tmp_path: Path) -> None:
+    """Two whole halves would be two wrong volumes."""
+    slices = make_pair(slices=24).pre
+    for k, dataset in enumerate(slices):
+        dataset.AcquisitionNumber = str(1 + k // 12)
+    del slices[12]
+    series = read_study(written(tmp_path, slices)).series
+    assert [one.fault and one.fault.reason for one in series] == [Reason.MISSING_SLICES]
+
+
+def test_stacks_above_each_other_are_two_volumes(tmp_path: Path) -> None:
+    slices = make_pair(slices=24).pre
+    series = read_study(written(tmp_path, [as_stacks(as_enhanced(slices[:9]), as_enhanced(slices[12:]))])).series
+    assert [(one.part, len(one.planes), one.fault) for one in series] == [
+        ("StackID 1", 9, None),
+        ("StackID 2", 12, None),
+    ]
+
+
+@pytest.mark.parametrize(("claimed", "parts"), [("16", 2), ("17", 1)])
+def test_images_in_acquisition_may_count_all_volumes_of_a_series_but_must_not_count_more(
+    tmp_path: Path, claimed: str, parts: int
+) -> None:
+    count = {"ImagesInAcquisition": claimed}
+    together = {"SeriesInstanceUID": uid(0, "pre"), "SeriesNumber": "4", "TemporalPositionIdentifier": "2"}
+    pair = make_pair(pre_changes=count, low_changes=together | count)
+    series = read_study(written(tmp_path, pair.all)).series
+    assert len(series) == parts
+    assert [one.fault and one.fault.reason for one in series] == [None if parts == 2 else Reason.MISSING_SLICES] * parts
+
+
 def test_a_dynamic_examination_in_one_series_is_not_taken_apart(tmp_path: Path) -> None:
     phases = []
     for phase in range(6):
@@ -302,6 +344,15 @@ def test_a_dynamic_examination_in_one_series_is_not_taken_apart(tmp_path: Path) 
             phases.append(dataset)
     series = read_study(written(tmp_path, phases)).series
     assert [one.fault and one.fault.reason for one in series] == [Reason.IRREGULAR_GEOMETRY]
+
+
+@pytest.mark.parametrize(("syntax", "marked"), [(JPEGLSNearLossless, ["01"]), (JPEG2000, ["01"]), (RLELossless, [])])
+def test_pixels_in_a_lossy_transfer_syntax_count_as_lossy_where_the_header_is_silent(
+    tmp_path: Path, syntax: UID, marked: list[str]
+) -> None:
+    (path,) = written(tmp_path, make_pair(rows=64, columns=64).pre[:1])
+    compress_file(path, syntax)
+    assert texts(read_instance(path).planes[0].header, "LossyImageCompression") == marked
 
 
 @pytest.mark.parametrize("syntax", [RLELossless, JPEG2000Lossless, JPEGLSLossless])
