@@ -7,12 +7,11 @@ patient, or images that lowgad made: those are set aside, and said to be.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from models.volume import Volume
 from service.core.accepted import HEAD_BYTES, SOP_CLASSES, may_be_image
 from service.core.errors import Permanent, Reason
 from service.core.header import is_synthetic, number, numbers, texts
-from service.core.series import STEP_TOLERANCE, Fault, HeaderSummary, geometry_faults
+from service.core.series import STEP_TOLERANCE, Fault, HeaderSummary, count_fault, geometry_faults
 from worker.planes import Instance, Plane, read_instance
 
 
@@ -182,64 +181,43 @@ _MOST_PARTS = 4  # more volumes than these are a dynamic examination
 
 def _volumes(series_uid: str, planes: Sequence[Plane]) -> Sequence[Series]:
     """A series as one volume; where it is none, as the few whole volumes that one or two attributes tell apart."""
-    part_missing = _part_missing(planes)
-    if part_missing:
-        return [Series(series_uid, tuple(planes), part_missing)]
-    whole = _series(series_uid, planes)
-    if not whole.fault:
-        return [whole]
-    if len(planes) < (number(planes[0].header, "ImagesInAcquisition") or 0):
+    members = [(plane, HeaderSummary.of(plane.header)) for plane in planes]
+    whole = _series(series_uid, members)
+    if not whole.fault or count_fault([summary for _, summary in members]):
         return [whole]
     # A gap is no reason to look for two volumes: two halves of one would be found. Stacks are said to be volumes.
     dividers = _DIVIDERS if whole.fault.reason is Reason.IRREGULAR_GEOMETRY else _DIVIDERS[:1]
-    varying = [keyword for keyword in dividers if len(_values(planes, [keyword])) > 1]
+    varying = [keyword for keyword in dividers if len(_by_values(members, [keyword])) > 1]
     for keywords in itertools.chain(itertools.combinations(varying, 1), itertools.combinations(varying, 2)):
-        parts = _divided(series_uid, planes, keywords)
-        if parts and not any(part.fault for part in parts):
-            return parts
+        groups = _by_values(members, keywords)
+        if len(groups) <= _MOST_PARTS:
+            parts = [_series(series_uid, group, _said(keywords, key)) for key, group in sorted(groups.items())]
+            if not any(part.fault for part in parts):
+                return parts
     return [whole]
 
 
-def _divided(series_uid: str, planes: Sequence[Plane], keywords: Sequence[str]) -> list[Series]:
-    """The planes by the values of these attributes, in the order of the values; empty when those are too many."""
-    values = _values(planes, keywords)
-    if len(values) > _MOST_PARTS:
-        return []
-    return [
-        _series(series_uid, group, ", ".join(map(" ".join, zip(keywords, key, strict=True)))) for key, group in values
-    ]
+_Member = tuple[Plane, HeaderSummary]
 
 
-def _values(planes: Sequence[Plane], keywords: Sequence[str]) -> list[tuple[tuple[str, ...], list[Plane]]]:
-    groups: dict[tuple[str, ...], list[Plane]] = defaultdict(list)
-    for plane in planes:
-        groups[tuple("\\".join(texts(plane.header, keyword)) for keyword in keywords)].append(plane)
-    return sorted(groups.items(), key=lambda item: item[0])
+def _by_values(members: Sequence[_Member], keywords: Sequence[str]) -> Mapping[tuple[str, ...], list[_Member]]:
+    """The planes of a series by the values of these attributes."""
+    groups: dict[tuple[str, ...], list[_Member]] = defaultdict(list)
+    for plane, summary in members:
+        groups[tuple("\\".join(texts(plane.header, keyword)) for keyword in keywords)].append((plane, summary))
+    return groups
 
 
-def _part_missing(planes: Sequence[Plane]) -> Fault | None:
-    """A concatenation of which not every object is there."""
-    present: dict[str, set[int]] = defaultdict(set)
-    wanted: dict[str, int] = defaultdict(int)
-    for plane in planes:
-        for concatenation in texts(plane.header, "ConcatenationUID"):
-            part = int(number(plane.header, "InConcatenationNumber") or 0)
-            total = int(number(plane.header, "InConcatenationTotalNumber") or 0)
-            present[concatenation].add(part)
-            wanted[concatenation] = max(wanted[concatenation], part, total)
-    for concatenation, parts in present.items():
-        if len(parts) < wanted[concatenation]:
-            return Fault(Reason.MISSING_SLICES, f"{len(parts)} of {wanted[concatenation]} parts of a concatenation")
-    return None
+def _said(keywords: Sequence[str], values: Sequence[str]) -> str:
+    return ", ".join(f"{keyword} {value}" for keyword, value in zip(keywords, values, strict=True))
 
 
-def _series(series_uid: str, planes: Sequence[Plane], part: str = "") -> Series:
+def _series(series_uid: str, members: Sequence[_Member], part: str = "") -> Series:
     """Sort the planes along their normal, or say what keeps them from being one regular volume."""
-    summaries = [HeaderSummary.of(plane.header) for plane in planes]
-    if part:  # ImagesInAcquisition may count the other volumes too
-        summaries = [dataclasses.replace(summary, images_in_acquisition=None) for summary in summaries]
-    fault = next(iter(geometry_faults(summaries)), None)
-    fault = fault or _impossible(planes)
+    planes, summaries = [plane for plane, _ in members], [summary for _, summary in members]
+    if part:  # what counts images or objects may count those of the other volumes too
+        summaries = [replace(summary, images_in_acquisition=None, concatenation=None) for summary in summaries]
+    fault = next(iter(geometry_faults(summaries)), None) or _impossible(planes)
     if fault:
         return Series(series_uid, tuple(planes), fault, part)
     normal = np.cross(*axes(planes[0].header))

@@ -47,6 +47,7 @@ class HeaderSummary:
     columns: int = 0
     frame_of_reference_uid: str = ""
     images_in_acquisition: int | None = None
+    concatenation: tuple[str, int, int] | None = None  # its UID, which of its objects this is, how many there are
     looks_t1: bool = False  # and is acquired: neither derived nor a localizer
     has_contrast: bool = False
     is_synthetic: bool = False  # made by lowgad or its like: see `service.core.header.is_synthetic`
@@ -63,6 +64,7 @@ class HeaderSummary:
             columns=int(number(header, "Columns") or 0),
             frame_of_reference_uid="".join(texts(header, "FrameOfReferenceUID")[:1]),
             images_in_acquisition=int(number(header, "ImagesInAcquisition") or 0) or None,
+            concatenation=_concatenation(header),
             looks_t1=not why_not_t1(header),
             has_contrast=has_contrast(header),
             is_synthetic=is_synthetic(header),
@@ -89,10 +91,26 @@ def geometry_faults(summaries: Sequence[HeaderSummary]) -> list[Fault]:
     if not all(_same_grid(first, item, COSINE_TOLERANCE) for item in summaries):
         return [Fault(Reason.IRREGULAR_GEOMETRY, "orientation, matrix or pixel spacing differ between images")]
     positions = [position for item in summaries for position in item.positions_mm]
-    expected = max(item.images_in_acquisition or 0 for item in summaries)
-    if len(positions) < max(MIN_PLANES, expected):
-        return [Fault(Reason.MISSING_SLICES, f"{len(positions)} of {max(MIN_PLANES, expected)} images")]
+    if absent := count_fault(summaries):
+        return [absent]
+    if len(positions) < MIN_PLANES:
+        return [Fault(Reason.MISSING_SLICES, f"{len(positions)} of at least {MIN_PLANES} images")]
     return list(_stack_faults(positions, first.orientation))
+
+
+def count_fault(summaries: Sequence[HeaderSummary]) -> Fault | None:
+    """Images of an acquisition, or objects of a concatenation, that are announced and are not there."""
+    images = sum(len(item.positions_mm) for item in summaries)
+    expected = max(item.images_in_acquisition or 0 for item in summaries)
+    if images < expected:
+        return Fault(Reason.MISSING_SLICES, f"{images} of {expected} images")
+    announced = [item.concatenation for item in summaries if item.concatenation]
+    for name in {uid for uid, _, _ in announced}:
+        present = {number for uid, number, _ in announced if uid == name}
+        total = max(max(number, count) for uid, number, count in announced if uid == name)
+        if len(present) < total:
+            return Fault(Reason.MISSING_SLICES, f"{len(present)} of {total} objects of a concatenation")
+    return None
 
 
 def find_pair(series: Mapping[str, Sequence[HeaderSummary]]) -> tuple[str, str] | None:
@@ -164,6 +182,13 @@ def _cross(a: Sequence[float], b: Sequence[float]) -> Vector:
 
 def _dot(a: Sequence[float], b: Sequence[float]) -> float:
     return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def _concatenation(header: Dataset) -> tuple[str, int, int] | None:
+    """PS3.3 C.7.6.16, Multi-frame Functional Groups; the total may be absent, and is then at least the number."""
+    uid = "".join(texts(header, "ConcatenationUID")[:1])
+    part, total = number(header, "InConcatenationNumber"), number(header, "InConcatenationTotalNumber")
+    return (uid, int(part or 0), int(total or 0)) if uid else None
 
 
 def _vectors(header: Dataset, keyword: str, length: int) -> Iterator[tuple[float, ...]]:

@@ -10,7 +10,7 @@ from pydicom.sequence import Sequence
 from service.core.errors import Reason
 from service.core.header import why_not_t1
 from service.core.series import HeaderSummary, find_pair, geometry_faults
-from tests.factories import make_pair
+from tests.factories import as_concatenation, as_enhanced, make_pair
 
 
 def summaries(datasets: list[Dataset]) -> list[HeaderSummary]:
@@ -62,6 +62,17 @@ def test_a_healthy_series_is_one_whole_volume_in_any_order(plane: str, vendor: s
 def test_a_gap_is_missing_slices() -> None:
     pre = make_pair(slices=12).pre
     assert reasons(pre[:5] + pre[6:]) == [Reason.MISSING_SLICES]
+
+
+@pytest.mark.parametrize("total_is_stated", [True, False])
+def test_a_concatenation_is_whole_when_all_its_objects_are_there(total_is_stated: bool) -> None:
+    parts = as_concatenation(as_enhanced(make_pair(slices=24).pre), 3)
+    for part in parts:
+        if not total_is_stated:  # it is optional; the last object can then not be missed
+            del part.InConcatenationTotalNumber
+    assert reasons(parts) == reasons(parts[::-1]) == []
+    assert reasons(parts[1:]) == reasons(parts[::2]) == [Reason.MISSING_SLICES]
+    assert reasons(parts[:2]) == ([Reason.MISSING_SLICES] if total_is_stated else [])
 
 
 def test_two_slices_at_one_place_are_not_a_volume() -> None:

@@ -242,7 +242,7 @@ def test_a_concatenation_is_one_volume_and_without_one_of_its_objects_it_has_sli
         present = [part for n, part in enumerate(parts) if n != missing]
         fault = read_study(written(tmp_path / str(missing), present)).series[0].fault
         assert fault
-        assert (fault.reason, fault.detail) == (Reason.MISSING_SLICES, "2 of 3 parts of a concatenation")
+        assert (fault.reason, fault.detail) == (Reason.MISSING_SLICES, "2 of 3 objects of a concatenation")
 
 
 @pytest.mark.parametrize(
