@@ -10,16 +10,18 @@ is seeded and every sum runs in a fixed order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
 
-from models.brain import SEED, find_brain, one_thread
+from models.brain import find_brain
 from models.volume import Array, Mask, Volume
 
+SEED = 20240306
 FINEST_MM = 0.7  # below this an axis is resampled: the information of a 3-D T1 ends near 1 mm
 SUPPORT_MM = 12.0  # signal is predicted up to here outside the brain (meninges, sinuses), fading over the last 4 mm
 SCALE_QUANTILE = 0.95  # of the pre-contrast brain: about white matter
@@ -95,7 +97,7 @@ def prepare(pre: Volume, low: Volume, *, progress: Progress = lambda _: None) ->
         NoBrainError: no brain was found in the pre-contrast volume.
         RegistrationError: the two volumes could not be aligned.
     """
-    brain = find_brain(pre)
+    brain = find_brain(pre).mask
     progress(0.3)
     pre_to_low = register(pre, low, brain)
     progress(0.7)
@@ -141,7 +143,7 @@ def register(pre: Volume, low: Volume, brain: Mask) -> sitk.Transform:
     region = sitk.BinaryDilate(region, [max(1, round(4 / s)) for s in pre.spacing_mm])
     points = (pre.affine @ np.append(np.argwhere(brain).mean(axis=0)[::-1], 1.0))[:3]
     rigid = sitk.Euler3DTransform(points.tolist(), 0.0, 0.0, 0.0)
-    with one_thread():
+    with _one_thread():
         _align(fixed, moving, region, rigid)
     rigid.SetParameters([round(value, 6) for value in rigid.GetParameters()])  # well below a micrometre at the skull
     angles = np.degrees(rigid.GetParameters()[:3])
@@ -151,6 +153,17 @@ def register(pre: Volume, low: Volume, brain: Mask) -> sitk.Transform:
             f"the alignment found is {np.linalg.norm(shift):.0f} mm, {np.abs(angles).max():.0f} deg"
         )
     return rigid
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """ITK sums in a fixed order: the same transform, to the last bit, on every run; the setting is restored."""
+    threads = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    try:
+        yield
+    finally:
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
 
 
 def _align(fixed: sitk.Image, moving: sitk.Image, region: sitk.Image, rigid: sitk.Euler3DTransform) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from scipy import fft, ndimage
 
 from models.agents import AGENTS, Agent
-from models.brain import load_atlas
+from models.pose import load_atlas
 from models.training.physics import (
     Sequence,
     Tissue,

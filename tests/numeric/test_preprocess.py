@@ -1,4 +1,4 @@
-"""Brain finding, registration, gain, noise and the way back, against phantoms whose truth is known."""
+"""Registration, gain, noise and the way back, against phantoms whose truth is known."""
 
 from __future__ import annotations
 
@@ -7,54 +7,15 @@ import pytest
 import SimpleITK as sitk
 from scipy import ndimage
 
-from models.brain import NoBrainError, find_brain
 from models.preprocess import RegistrationError, compare, prepare, symmetric_gain
-from models.volume import Mask, Volume
+from models.volume import Volume
 from tests.numeric.phantoms import as_volume, head
-
-
-def dice(one: Mask, other: Mask) -> float:
-    return float(2 * (one & other).sum() / (one.sum() + other.sum()))
 
 
 def turned(volume: Volume, degrees: float, shift_mm: float) -> Volume:
     """The same head, moved: rotation about z and a shift along x, resampled on the same grid."""
     motion = sitk.Euler3DTransform((0.0, 0.0, 0.0), 0.0, 0.0, np.radians(degrees), (shift_mm, 0.0, 0.0))
     return Volume.from_sitk(sitk.Resample(volume.to_sitk(), motion, sitk.sitkBSpline, 0.0))
-
-
-@pytest.mark.parametrize("stripped", [True, False], ids=["skull-stripped", "full head"])
-def test_the_brain_is_found_with_and_without_a_skull(stripped: bool) -> None:
-    phantom = head(stripped=stripped)
-    assert dice(find_brain(as_volume(phantom.pre)), phantom.brain) > (0.96 if stripped else 0.9)
-
-
-def test_the_brain_is_found_in_a_defaced_head() -> None:
-    phantom = head(stripped=False)
-    faceless = phantom.pre.copy()
-    faceless[:50, :30] = 0  # lower front
-    assert dice(find_brain(as_volume(faceless)), phantom.brain) > 0.88
-
-
-def test_the_brain_is_found_in_sagittal_and_flipped_storage() -> None:
-    phantom = head(stripped=False)
-    volume = as_volume(phantom.pre)
-    affine = volume.affine[:, [1, 2, 0, 3]] @ np.diag([1.0, -1.0, 1.0, 1.0])  # i <- j, j <- -k, k <- i
-    affine[:3, 3] = (volume.affine @ [0, 0, volume.voxels.shape[0] - 1, 1])[:3]
-    sagittal = Volume(np.ascontiguousarray(volume.voxels.transpose(2, 0, 1)[:, ::-1]), affine)
-    expected = phantom.brain.transpose(2, 0, 1)[:, ::-1]
-    assert dice(find_brain(sagittal), expected) > 0.92
-
-
-def test_a_volume_without_a_head_has_no_brain() -> None:
-    rng = np.random.default_rng(0)
-    with pytest.raises(NoBrainError):
-        find_brain(as_volume(rng.uniform(0, 1, (20, 20, 20)).astype(np.float32)))
-
-
-def test_an_empty_volume_has_no_brain() -> None:
-    with pytest.raises(NoBrainError, match="empty"):
-        find_brain(as_volume(np.zeros((32, 32, 32), np.float32)))
 
 
 def test_a_turned_and_shifted_low_dose_image_is_aligned_to_a_tenth_of_a_voxel() -> None:
