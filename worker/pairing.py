@@ -15,8 +15,9 @@ import numpy as np
 
 from models.agents import find_agent
 from service.core.errors import Permanent, Reason
-from service.core.header import has_contrast, numbers, texts, time_of_day, why_not_t1, words
+from service.core.header import has_contrast, numbers, other_body_part, texts, time_of_day, why_not_t1, words
 from worker.study import Series, Study, axes
+from worker.timepoints import refuse_mixture, span_visits
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ def choose_pair(study: Study, pre_series_uid: str | None = None, low_series_uid:
     acquisition, words of the description) say who is who and none says the contrary. Names outrank the witnesses.
 
     Raises:
-        Permanent: ONE_SERIES_ONLY, AMBIGUOUS_SERIES, PAIR_NOT_COMPARABLE, or the fault of a series that would be in the
-            pair (MISSING_SLICES, IRREGULAR_GEOMETRY).
+        Permanent: ONE_SERIES_ONLY, OTHER_BODY_PART, SEVERAL_TIMEPOINTS, AMBIGUOUS_SERIES, PAIR_NOT_COMPARABLE, or the
+            fault of a series that would be in the pair (MISSING_SLICES, IRREGULAR_GEOMETRY).
     """
     named = [uid for uid in (pre_series_uid, low_series_uid) if uid]
     unknown = set(named) - {series.series_uid for series in study.series}
@@ -49,8 +50,10 @@ def choose_pair(study: Study, pre_series_uid: str | None = None, low_series_uid:
         usable = [series for series in usable if series.series_uid in named]
     if len(usable) < 2:
         aside = [f"{series.label}: {reasons[series.series_uid]}" for series in study.series if series not in usable]
-        raise Permanent(Reason.ONE_SERIES_ONLY, "; ".join([f"{len(usable)} usable", *aside, *study.ignored]))
-    pre, low, witnesses = _decided(_alike(usable), pre_series_uid, low_series_uid)
+        elsewhere = not usable and any(other_body_part(series.header) for series in study.series)
+        reason = Reason.OTHER_BODY_PART if elsewhere else Reason.ONE_SERIES_ONLY
+        raise Permanent(reason, "; ".join([f"{len(usable)} usable", *aside, *study.ignored]))
+    pre, low, witnesses = _decided(_alike(usable, mixed=len(named) == 2), pre_series_uid, low_series_uid)
     aside = [
         f"{series.label}: {reasons[series.series_uid] or 'has no partner or was not named'}"
         for series in study.series
@@ -59,8 +62,8 @@ def choose_pair(study: Study, pre_series_uid: str | None = None, low_series_uid:
     return Pair(pre, low, witnesses, (*aside, *study.ignored))
 
 
-def _alike(usable: Sequence[Series]) -> list[tuple[Series, Series]]:
-    """All two that are alike in sequence and geometry, and whole."""
+def _alike(usable: Sequence[Series], *, mixed: bool) -> list[tuple[Series, Series]]:
+    """All two that are alike in sequence and geometry, and whole; unless `mixed`, only those of one visit."""
     couples = list(itertools.combinations(usable, 2))
     alike = [couple for couple in couples if not _differences(*couple)]
     if not alike:
@@ -68,6 +71,7 @@ def _alike(usable: Sequence[Series]) -> list[tuple[Series, Series]]:
         if len(couples) == 1:
             detail = "the two T1 series differ in " + ", ".join(_differences(*couples[0]))
         raise Permanent(Reason.PAIR_NOT_COMPARABLE, detail)
+    alike = alike if mixed else refuse_mixture(alike)
     for one, other in alike:
         one.refuse_fault()
         other.refuse_fault()
@@ -98,7 +102,9 @@ def _decided(
         return possible[0]
     if possible:
         pairs = "; ".join(f"{pre.label} with {low.label}" for pre, low, _ in possible)
-        raise Permanent(Reason.AMBIGUOUS_SERIES, f"{len(possible)} possible pairs: {pairs}")
+        several = span_visits(series for pre, low, _ in possible for series in (pre, low))
+        reason = Reason.SEVERAL_TIMEPOINTS if several else Reason.AMBIGUOUS_SERIES
+        raise Permanent(reason, f"{len(possible)} possible pairs: {pairs}")
     raise Permanent(Reason.AMBIGUOUS_SERIES, "; ".join(heard[0]) if heard else "the named series has no partner")
 
 

@@ -31,6 +31,10 @@ class Reason(Enum):
         Outcome.REJECTED,
         "The objects are MR but of a kind, transfer syntax or size that is not supported; the detail says which.",
     )
+    OTHER_BODY_PART = (
+        Outcome.REJECTED,
+        "The images show another body part than the head. Route only brain MRI studies to this destination.",
+    )
     TWO_PATIENTS = (Outcome.REJECTED, "The upload mixes patients. Nothing was processed; upload one patient at a time.")
     TWO_STUDIES = (Outcome.REJECTED, "The upload mixes studies. Nothing was processed; upload one study at a time.")
     MISSING_SLICES = (
@@ -73,6 +77,10 @@ class Reason(Enum):
     AMBIGUOUS_SERIES = (
         Outcome.NEEDS_REVIEW,
         "The pre-contrast and low-dose series cannot be told apart with certainty. Name them by Series Instance UID.",
+    )
+    SEVERAL_TIMEPOINTS = (
+        Outcome.NEEDS_REVIEW,
+        "Series of more than one visit to the scanner are never mixed. Name the two of one by Series Instance UID.",
     )
     UNKNOWN_FIELD_STRENGTH = (Outcome.NEEDS_REVIEW, "Magnetic Field Strength (0018,0087) is missing or implausible.")
     UNKNOWN_AGENT = (Outcome.NEEDS_REVIEW, "The contrast agent is missing or not recognised in the header.")

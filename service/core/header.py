@@ -122,6 +122,48 @@ def words(text: str) -> list[str]:
     return re.findall(r"w/o|\+c\b|\bc\+|\+gd\b|\bgd\+|[^\W\d_]+\d?", text.casefold())
 
 
+_HEAD = frozenset(
+    {"brain", "cerebral", "cerebro", "cerveau", "cranial", "cranio", "crane", "encefalo", "encephale", "gehirn", "head"}
+    | {"headneck", "hirn", "kopf", "schadel", "schädel", "skull", "tete", "tête", "testa", "cabeza"}
+)
+# Body Part Examined (PS3.16 annex L), and what technologists write.
+_ELSEWHERE = frozenset(
+    {
+        "abdomen",
+        "ankle",
+        "arm",
+        "breast",
+        "bws",
+        "cardiac",
+        "chest",
+        "coccyx",
+        "cspine",
+        "ctspine",
+        "elbow",
+        "extremity",
+    }
+    | {"finger", "foot", "forearm", "genou", "hals", "hand", "heart", "herz", "hip", "hws", "kidney", "knee", "knie"}
+    | {"leg", "liver", "lspine", "lsspine", "lumbar", "lws", "mamma", "neck", "pancreas", "pelvis"}
+    | {"prostate", "rachis", "sacrum", "schulter", "shoulder", "spine", "sspine", "thigh", "thorax", "tlspine", "toe"}
+    | {"tspine", "uterus", "wirbelsaule", "wirbelsäule", "wholebody", "wrist"}
+)
+
+
+def other_body_part(header: Dataset) -> str:
+    """The body part, where a header says that it is not the head; empty where it says head, or nothing that we know.
+
+    The description outranks Body Part Examined, which many consoles set once for the whole exam. The answer is a word
+    of ours, not the header's.
+    """
+    for keywords in (("SeriesDescription", "ProtocolName"), ("BodyPartExamined",)):
+        said = set(words(" ".join(text for keyword in keywords for text in texts(header, keyword))))
+        if said & _HEAD:
+            return ""
+        if said & _ELSEWHERE:
+            return min(said & _ELSEWHERE)
+    return ""
+
+
 _OTHER_KINDS = frozenset(
     {"aahead", "adc", "asl", "asset", "b0", "bold", "cal", "calibration", "cine", "dsc", "dti", "dwi", "fieldmap"}
     | {"fmri", "loc", "localiser", "localizer", "locator", "mip", "minip", "mra", "mrv", "pd", "perf", "perfusion"}
@@ -137,6 +179,8 @@ def why_not_t1(header: Dataset) -> str:
     """Why this is not an acquired T1 image, or an empty text when it looks like one."""
     if "MR" not in _set_of(header, "Modality"):
         return "no MR images"
+    if part := other_body_part(header):
+        return f"images of another body part ({part})"
     image_type = [text.upper() for text in texts(header, "ImageType")]
     if {"DERIVED", "SECONDARY"} & set(image_type[:2]) or set(image_type[2:]) & _OTHER_IMAGE_TYPES:
         return "derived, projected, phase or localizer images"
