@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from service.core.job import Stage
     from service.core.ledger import Ledger
     from service.core.settings import Settings
+    from worker.results import Outputs
 
 STUDY = click.Path(exists=True, file_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -153,7 +154,7 @@ def work(queues: tuple[str, ...], *, supervised: bool) -> None:
 
     signals.worker_ready.connect(say_ready)
     signals.setup_logging.connect(_leave_logging_alone)
-    compute = functools.partial(run, allow_unknown=settings.allow_unknown)
+    compute = functools.partial(run, allow_unknown=settings.allow_unknown, outputs=_outputs(settings))
     app = make_app(settings, compute, lambda name: _engine(settings, name))
     names = ",".join(queues or ("process", "deliver"))
     # solo: engines do not survive a fork, and one process is one job at a time.
@@ -176,7 +177,7 @@ def doctor() -> None:
 
 @main.command()
 @click.argument("study", type=STUDY)
-@click.option("--out", type=FOLDER, required=True, help="Folder for sd/, sd_plus/, report.json and montage.png")
+@click.option("--out", type=FOLDER, required=True, help="Folder for the results, report.json and montage.png")
 @click.option("--engine", type=click.Choice(["network", "linear"]), help="Default: the setting LOWGAD_ENGINE")
 @click.option("--pre-series", "pre_series_uid", help="SeriesInstanceUID of the pre-contrast series")
 @click.option("--low-series", "low_series_uid", help="SeriesInstanceUID of the low-dose series")
@@ -194,7 +195,7 @@ def run(study: Path, out: Path, engine: str | None, pre_series_uid: str | None, 
     with _outcome(out), _progress() as progress:
         result = run_pipeline(
             find_files(study), options, _engine(settings, options.engine), progress,
-            allow_unknown=settings.allow_unknown,
+            allow_unknown=settings.allow_unknown, outputs=_outputs(settings),
         )  # fmt: skip
         write_result(result.series, result.report, out)
         write_montage(result.prepared, result.signal, out / "montage.png")
@@ -337,6 +338,13 @@ def _engine(settings: Settings, name: str) -> Engine:
         raise Permanent(Reason.MODEL_INVALID, str(error)) from error
 
 
+def _outputs(settings: Settings) -> Outputs:
+    """What the site wants of each job."""
+    from worker.results import Outputs
+
+    return Outputs(settings.results, settings.watermark, settings.dose_factor, settings.segmentation_threshold)
+
+
 def _model(settings: Settings) -> str:
     """What the doctor says about the model: its card is read, its digest checked, and it is loaded."""
     from models.card import ModelError, read_card
@@ -360,8 +368,10 @@ def _model_folder(settings: Settings) -> Path:
 
 def _clear(out: Path) -> None:
     """An earlier result must not stand beside the reason why this run gave none."""
-    for name in ("sd", "sd_plus"):
-        shutil.rmtree(out / name, ignore_errors=True)
+    from service.core.job import Kind
+
+    for kind in Kind:
+        shutil.rmtree(out / kind.value, ignore_errors=True)
     for name in ("report.json", "montage.png"):
         (out / name).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)

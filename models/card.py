@@ -56,6 +56,11 @@ class Card:
         return self.folder / "model.onnx"
 
     @property
+    def digest(self) -> str:
+        """SHA-256 of card.toml."""
+        return _digest(self.folder / "card.toml")
+
+    @property
     def networks(self) -> dict[str, tuple[Path, str]]:
         """Precision to file and SHA-256: fp32 always, fp16 where the card offers it."""
         offered = {"fp32": (self.model_path, self.sha256)}

@@ -58,6 +58,18 @@ class Engine(Protocol):
     def digest(self) -> str:
         """SHA-256 that identifies the computation."""
 
+    @property
+    def version(self) -> str:
+        """Version of the computation, for people."""
+
+    @property
+    def card_digest(self) -> str | None:
+        """SHA-256 of the model card; None where there is none."""
+
+    @property
+    def notice(self) -> str:
+        """What must be said about the use of its results."""
+
     def predict(self, prepared: Prepared, conditions: Conditions, progress: Progress = lambda _: None) -> Array:
         """Contrast signal of the standard dose on the working grid, (k, j, i), white matter = 1."""
 
@@ -68,6 +80,9 @@ class LinearEngine:
 
     name: str = "linear"
     digest: str = "linear-1"
+    version: str = "1"
+    card_digest: str | None = None
+    notice: str = "research use, not a medical device"
 
     def predict(self, prepared: Prepared, conditions: Conditions, progress: Progress = lambda _: None) -> Array:
         """See `Engine`.
@@ -141,6 +156,21 @@ class NetworkEngine:
     def digest(self) -> str:
         """SHA-256 of the network in use, which tells its precision."""
         return self.card.networks[self.precision][1]
+
+    @property
+    def version(self) -> str:
+        """The version that the card states."""
+        return self.card.version
+
+    @property
+    def card_digest(self) -> str | None:
+        """SHA-256 of card.toml."""
+        return self.card.digest
+
+    @property
+    def notice(self) -> str:
+        """The intended use that the card states."""
+        return self.card.intended_use
 
     @property
     def provider(self) -> str:
@@ -220,6 +250,24 @@ def upper_bound(subtraction: Array, dose_fraction: float | None) -> Array:
     measured = np.maximum(np.maximum(subtraction, once), np.maximum(twice, wide))
     bound: Array = np.maximum(measured, 0) * np.float32(HEADROOM / (dose_fraction or UNKNOWN_DOSE_FRACTION) * 1.001)
     return bound + np.float32(1e-3)
+
+
+def at_dose(signal: Array, prepared: Prepared, conditions: Conditions, factor: float) -> Array:
+    """The signal of another dose than the standard one, in proportion, and never above the bound (ADR 4).
+
+    Enhancement grows less than in proportion to dose, so that a factor above 1 rather shows too much than too little.
+
+    Args:
+        signal: of the standard dose, (k, j, i), white matter = 1.
+        prepared: the pair.
+        conditions: of the acquisition.
+        factor: simulated dose in standard doses; up to HEADROOM.
+    """
+    if factor == 1:
+        return signal
+    bound = upper_bound(prepared.comparison.subtraction, conditions.dose_fraction)
+    scaled: Array = np.minimum(signal * np.float32(factor), np.maximum(bound, signal * np.float32(min(factor, 1))))
+    return scaled
 
 
 def _binomial(volume: Array, taps: tuple[float, ...]) -> Array:

@@ -24,7 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from service import problems, uploads
 from service.core.errors import Permanent, Reason
-from service.core.job import Job, JobOptions, Stage, State
+from service.core.job import Job, JobOptions, Kind, Stage, State
 from service.core.ledger import Ledger, Transition
 from service.core.queue import is_reachable
 from service.core.settings import Settings
@@ -136,12 +136,31 @@ class JobOut(BaseModel):
         )
 
 
+class ResultOut(BaseModel):
+    """One series that a job has made."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    kind: Kind
+    description: str = Field(description="SeriesDescription")
+    sop_class_uid: str
+    series_instance_uid: str
+    instances: int
+
+
 class JobDetails(JobOut):
     """A job with the worker's report: acquisition with provenance, quality checks, timings."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [JOB_EXAMPLE | {"report": {}}]})
+    model_config = ConfigDict(json_schema_extra={"examples": [JOB_EXAMPLE | {"results": [], "report": {}}]})
 
+    results: list[ResultOut] = Field(description="The series that it has made")
     report: dict[str, Any]
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        """The job of the ledger with its report."""
+        results = [ResultOut(kind=Kind(kind), **series) for kind, series in job.report.get("results", {}).items()]
+        return cls(**JobOut.of(job).model_dump(), results=results, report=job.report)
 
 
 class JobPage(BaseModel):
@@ -320,7 +339,7 @@ def _jobs(ledger: Ledger, spool: Spool) -> APIRouter:
     @router.get("/{job_id}", summary="Read a job", responses=problems.documented(404))
     def job(job_id: str) -> JobDetails:
         found = known(job_id)
-        return JobDetails(**JobOut.of(found).model_dump(), report=found.report)
+        return JobDetails.of(found)
 
     @router.get("/{job_id}/history", summary="What happened to a job, oldest first", responses=problems.documented(404))
     def history(job_id: str) -> list[Step]:

@@ -66,7 +66,7 @@ class Result(Protocol):
 
     @property
     def series(self) -> Mapping[str, Sequence[Dataset]]:
-        """Derived instances by kind: `sd` and `sd_plus`."""
+        """Derived instances by kind (`service.core.job.Kind`)."""
 
     @property
     def report(self) -> dict[str, Any]:
@@ -215,6 +215,7 @@ class Worker:
             Delivery(destination, sop_instance_uid, kind, path, commitment=self._commitment_of(destination))
             for destination in job.options.destinations
             for kind, sop_instance_uid, path in written
+            if self._wanted(destination, kind)
         ]
         done = self.ledger.finish(job.id, job.attempt, actor=self.name, report=result.report, deliveries=deliveries)
         if done is None:
@@ -223,6 +224,11 @@ class Worker:
         LOG.info("computed", job_id=job.id, attempt=job.attempt, count=sum(map(len, result.series.values())))
         if done.state is State.DELIVERING and enqueue_deliver(self.queue, job.id):
             self.ledger.mark_enqueued(job.id)
+
+    def _wanted(self, name: str, kind: str) -> bool:
+        """Whether a destination takes this kind of result; one that is no longer known fails when it is sent to."""
+        destination = self.settings.destination(name)
+        return destination is None or destination.takes(kind)
 
     def _withdraw(self, job: Job) -> None:
         """The job was cancelled in the moment between publishing and telling: there must be no result to find."""

@@ -65,7 +65,8 @@ def _remove(keywords: str, why: str, reference: str) -> list[Row]:
     return [Row(keyword, Action.REMOVE, why, reference) for keyword in keywords.split()]
 
 
-TABLE: tuple[Row, ...] = (
+# Whom and which study an object is about: the same for every kind of result.
+PATIENT_AND_STUDY: tuple[Row, ...] = (
     *_derive("SpecificCharacterSet", "that of the source; ISO_IR 192 where the two series differ", "C.12.1"),
     *_copy("TimezoneOffsetFromUTC", "our own times are written in the same zone", "C.12.1"),
     *_copy("PatientName PatientID PatientBirthDate PatientSex", "same patient", "C.7.1.1", otherwise=""),
@@ -77,6 +78,33 @@ TABLE: tuple[Row, ...] = (
     *_copy("StudyInstanceUID", "the derived series belongs to the study", "C.7.2.1"),
     *_copy("StudyID StudyDate StudyTime AccessionNumber ReferringPhysicianName", "same study", "C.7.2.1", otherwise=""),
     *_copy("StudyDescription IssuerOfAccessionNumberSequence ProcedureCodeSequence", "same study", "C.7.2.1"),
+)  # fmt: skip
+
+# Who made it, when, and what it is: the same for every kind of result.
+MAKER: tuple[Row, ...] = (
+    Row("SyntheticData", Action.SET, "part of the content was made artificially", "C.12.1", "YES"),
+    Row("ContentQualification", Action.SET, "not an approved product", "C.8.13.2.1.1", "RESEARCH"),
+    Row("InstanceCreatorUID", Action.SET, "this product", "C.12.1", INSTANCE_CREATOR_UID),
+    Row("Manufacturer", Action.SET, "who made this object; the scanner is contributing equipment", "C.7.5.1",
+        PRODUCT_NAME),
+    Row("ManufacturerModelName", Action.SET, "who made this object", "C.7.5.1", PRODUCT_NAME),
+    *_derive("SoftwareVersions", "service version, model and the start of the model's SHA-256", "C.7.5.1"),
+    *_derive("SOPInstanceUID SeriesInstanceUID", "the same input, model and configuration give the same UIDs",
+             "C.12.1, C.7.3.1"),
+    *_derive("SeriesNumber", "not that of a series that was read, above 9000; another for each kind and engine",
+             "C.7.3.1"),
+    *_derive("SeriesDescription", "says that nothing here was acquired", "C.7.3.1"),
+    *_derive("InstanceCreationDate InstanceCreationTime SeriesDate SeriesTime ContentDate ContentTime",
+             "when the object was made", "C.12.1, C.7.3.1, C.7.6.1"),
+    *_derive("ContributingEquipmentSequence", "the scanner, and this product", "C.12.1.1.5"),
+    *_derive("PrivateDataElementCharacteristicsSequence", "the private block identifies nobody", "C.12.1"),
+)  # fmt: skip
+
+# Every other object than the images: these rows, and the content that deploy/conformance.md describes.
+OBJECT_TABLE = PATIENT_AND_STUDY + MAKER
+
+TABLE: tuple[Row, ...] = (
+    *PATIENT_AND_STUDY,
     *_copy("FrameOfReferenceUID", "no voxel has moved", "C.7.4.1"),
     *_copy("PositionReferenceIndicator", "no voxel has moved", "C.7.4.1", otherwise=""),
     *_copy("PatientPosition", "no voxel has moved", "C.7.3.1", otherwise=""),
@@ -102,27 +130,13 @@ TABLE: tuple[Row, ...] = (
                " ContrastBolusIngredientConcentration",
                "what was really injected: the simulated dose never stands here", "C.7.6.4"),
     Row("SOPClassUID", Action.SET, "classic MR, also for Enhanced input", "C.12.1", MRImageStorage),
-    *_derive("SOPInstanceUID SeriesInstanceUID", "the same input, model and configuration give the same UIDs",
-             "C.12.1, C.7.3.1"),
-    Row("ImageType", Action.SET, "derived, and not by the scanner", "C.7.6.1.1.2, C.8.3.1.1.1",
-        ["DERIVED", "SECONDARY", "OTHER", "AI_SYNTH"]),
-    Row("SyntheticData", Action.SET, "part of the content was made artificially", "C.12.1", "YES"),
-    Row("ContentQualification", Action.SET, "not an approved product", "C.8.13.2.1.1", "RESEARCH"),
-    Row("InstanceCreatorUID", Action.SET, "this product", "C.12.1", INSTANCE_CREATOR_UID),
+    *_derive("ImageType", "derived, not by the scanner, and by which engine", "C.7.6.1.1.2, C.8.3.1.1.1"),
+    *MAKER,
     Row("Modality", Action.SET, "", "C.7.3.1", "MR"),
-    Row("Manufacturer", Action.SET, "who made this image; the scanner is contributing equipment", "C.7.5.1",
-        PRODUCT_NAME),
-    Row("ManufacturerModelName", Action.SET, "who made this image", "C.7.5.1", PRODUCT_NAME),
-    *_derive("SoftwareVersions", "service version, model and the start of the model's SHA-256", "C.7.5.1"),
-    *_derive("SeriesNumber", "not that of a series that was read, above 9000; another for each kind", "C.7.3.1"),
     *_derive("InstanceNumber", "1..N by slice position", "C.7.6.1"),
-    *_derive("SeriesDescription", "says that the images were not acquired", "C.7.3.1"),
-    *_derive("InstanceCreationDate InstanceCreationTime SeriesDate SeriesTime ContentDate ContentTime",
-             "when the image was made", "C.12.1, C.7.3.1, C.7.6.1"),
     *_derive("DerivationDescription DerivationCodeSequence", "how the image was made", "C.7.6.1"),
     *_derive("SourceImageSequence", "the slice the signal was added to, and its partner", "C.7.6.1"),
     *_derive("ReferencedSeriesSequence", "the series of those two slices", "C.12.2"),
-    *_derive("ContributingEquipmentSequence", "the scanner, and this product", "C.12.1.1.5"),
     Row("BurnedInAnnotation", Action.SET, "no identifying text is burned in", "C.7.6.1", "NO"),
     Row("RecognizableVisualFeatures", Action.SET, "a head", "C.7.6.1", "YES"),
     *_derive("LossyImageCompression LossyImageCompressionRatio LossyImageCompressionMethod",
@@ -134,10 +148,9 @@ TABLE: tuple[Row, ...] = (
     Row("BitsStored", Action.SET, "room for the sum", "C.7.6.3", 16),
     Row("HighBit", Action.SET, "", "C.7.6.3", 15),
     *_derive("PixelRepresentation", "that of the source", "C.7.6.3"),
-    *_derive("PixelData", "stored values of the source plus the signal; identical where nothing was added", "C.7.6.3"),
+    *_derive("PixelData", "stored values of the source plus the signal, and the watermark outside the head", "C.7.6.3"),
     *_derive("SmallestImagePixelValue LargestImagePixelValue", "of this slice", "C.7.6.3"),
     *_derive("WindowCenter WindowWidth", "one window for the series", "C.11.2"),
-    *_derive("PrivateDataElementCharacteristicsSequence", "the private block identifies nobody", "C.12.1"),
     *_remove("RescaleSlope RescaleIntercept RescaleType RealWorldValueMappingSequence", "not in this IOD", "A.4"),
     *_remove("PixelPaddingValue PixelPaddingRangeLimit SmallestPixelValueInSeries LargestPixelValueInSeries"
              " IconImageSequence", "describes the source's pixels", "C.7.6.3"),
@@ -156,10 +169,10 @@ TABLE: tuple[Row, ...] = (
 )  # fmt: skip
 
 
-def render_table() -> str:
-    """The table as Markdown, for the conformance statement."""
+def render_table(table: tuple[Row, ...] = TABLE) -> str:
+    """A table as Markdown, for the conformance statement."""
     lines = ["| Attribute | Tag | Value from | Why | PS3.3 |", "|---|---|---|---|---|"]
-    for row in TABLE:
+    for row in table:
         tag = _tag(row.keyword)
         constant = row.value if isinstance(row.value, list) else [row.value]
         said = f" `{chr(92).join(map(str, constant))}`" if row.action is Action.SET else ""
@@ -168,17 +181,26 @@ def render_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def fill_table(header: Dataset, low_header: Dataset, values: Mapping[str, Any]) -> Dataset:
-    """A data set with what the table says, and nothing else.
+def fill_table(
+    header: Dataset,
+    low_header: Dataset,
+    values: Mapping[str, Any],
+    table: tuple[Row, ...] = TABLE,
+    instance: Dataset | None = None,
+) -> Dataset:
+    """A data set with what the table says.
 
     Args:
         header: of the slice that the signal was added to.
         low_header: of the low-dose series.
         values: by keyword, for every DERIVE row; None leaves the attribute out.
+        table: the rows.
+        instance: filled in place; without it the result holds nothing but what the table says.
     """
-    instance = Dataset()
-    for row in TABLE:
+    instance = Dataset() if instance is None else instance
+    for row in table:
         if row.action in (Action.COPY, Action.COPY_LOW):
+            instance.pop(row.keyword, None)
             _copy_element(instance, header if row.action is Action.COPY else low_header, row)
         elif row.action is Action.SET:
             setattr(instance, row.keyword, row.value)

@@ -94,7 +94,7 @@ def send(paths: Sequence[Path], destination: Destination) -> Iterator[Answer]:
     readable = {path: syntax for path, syntax in syntaxes.items() if syntax is not None}
     if not readable:
         return
-    with associated(_offers(sorted(set(readable.values()))), destination) as association:
+    with associated(offers_for(sorted(set(readable.values()))), destination) as association:
         for number, path in enumerate(readable):
             yield _store(association, path, number % 0xFFFF + 1)
 
@@ -165,17 +165,17 @@ def associated(
     association.release()
 
 
-def _offers(syntaxes: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+def offers_for(syntaxes: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """The files' own pairs, one context each so that acceptance is exact, and Implicit VR LE where we can re-encode.
 
     PS3.5 section 10.1: every application entity must understand Implicit VR Little Endian.
     """
-    offers = list(syntaxes)
+    offered = list(syntaxes)
     for sop_class, syntax in syntaxes:
         fallback = (sop_class, str(ImplicitVRLittleEndian))
-        if not UID(syntax).is_compressed and fallback not in offers:
-            offers.append(fallback)
-    return offers
+        if not UID(syntax).is_compressed and fallback not in offered:
+            offered.append(fallback)
+    return offered
 
 
 def _refusal(association: Association) -> Permanent | Retryable:
@@ -219,10 +219,10 @@ def _read_answer(path: Path, response: Dataset) -> Answer:
         raise Retryable(Reason.DESTINATION_UNREACHABLE, "the association broke before the answer, or none came in time")
     status = int(response.Status)
     text = f"0x{status:04X} {STATUS_TEXT.get(status, '')}".strip()
-    return Answer(path, _verdict(status), status, text)
+    return Answer(path, verdict_of(status), status, text)
 
 
-def _verdict(status: int) -> Verdict:
+def verdict_of(status: int) -> Verdict:
     """What a status means.
 
     0x0111 counts as sent: our UIDs are a digest of sources, model and settings, so the same UID is the same image, and

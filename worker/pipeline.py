@@ -20,20 +20,21 @@ from pydicom.dataset import Dataset
 
 from models.agents import BY_NAME
 from models.brain import NoBrainError
-from models.card import RESEARCH_USE
 from models.condition import CONTRACT_VERSION, Conditions
 from models.preprocess import Prepared, RegistrationError, prepare
 from models.quality import Figure, Verdict, judge_conditions, judge_order, judge_pair, judge_signal
-from models.runtime import Engine, OutputError, UnknownDoseError
+from models.runtime import Engine, OutputError, UnknownDoseError, at_dose
 from models.volume import Array
 from service.core.errors import Permanent, Reason
 from service.core.job import JobOptions, Stage
 from worker.acquisition import Acquisition, check_acquisition, read_acquisition
-from worker.derived import DerivationContext, Kind, derive
 from worker.pairing import Pair, choose_pair
+from worker.provenance import DerivationContext
+from worker.results import Findings, Outputs, compose
 from worker.study import read_study
 
 Progress = Callable[[Stage, float], None]
+DEFAULT_OUTPUTS = Outputs()
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def run(
     progress: Progress,
     *,
     allow_unknown: Collection[str] = (),
+    outputs: Outputs = DEFAULT_OUTPUTS,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> Result:
     """Process one study.
@@ -63,6 +65,7 @@ def run(
         engine: network or linear.
         progress: told the stage and the fraction of the whole.
         allow_unknown: acquisition values that may be unknown: field_strength, agent, dose.
+        outputs: the kinds of result that are wanted, and how they are made.
         now: clock of the dates in the derived instances.
 
     Raises:
@@ -81,18 +84,15 @@ def run(
     figures = _judge(prepared, conditions)
     clock.enter(Stage.INFER, 0.5)
     signal = _predict(engine, prepared, conditions, lambda part: progress(Stage.INFER, 0.5 + 0.3 * part))
+    signal = at_dose(signal, prepared, conditions, outputs.dose_factor)
     figures += judge_signal(signal, prepared)
     _refuse(figures, Reason.OUTPUT_INVALID)
     clock.enter(Stage.COMPOSE, 0.8)
-    context = _context(engine, acquisition, conditions, study.series_numbers, now())
-    series = {
-        Kind.SD.value: list(derive(Kind.SD, pair.pre, prepared.signal_on_pre(signal), pair.low, context)),
-        Kind.SD_PLUS.value: list(derive(Kind.SD_PLUS, pair.low, prepared.signal_on_low(signal), pair.pre, context)),
-    }
+    report = _report(pair, acquisition, prepared, figures, engine=engine, options=options)
+    context = _context(engine, acquisition, conditions, outputs, numbers=study.series_numbers, now=now())
+    series = compose(Findings(pair, prepared, signal, report, context), outputs)
     clock.enter(Stage.WRITE, 0.9)
-    report = _report(pair, acquisition, prepared, figures, engine=engine, options=options) | {
-        "seconds": clock.seconds()
-    }
+    report |= {"results": {kind: _listed(found) for kind, found in series.items()}, "seconds": clock.seconds()}
     return Result(series, report, prepared, signal)
 
 
@@ -139,27 +139,48 @@ def _prepare(pair: Pair, progress: Callable[[float], None]) -> Prepared:
 
 
 def _context(
-    engine: Engine, acquisition: Acquisition, conditions: Conditions, numbers: frozenset[int], now: datetime
+    engine: Engine,
+    acquisition: Acquisition,
+    conditions: Conditions,
+    outputs: Outputs,
+    *,
+    numbers: frozenset[int],
+    now: datetime,
 ) -> DerivationContext:
     """What the derived instances say about their making.
 
     The configuration hash covers all that decides the result beside the input and the model, so that another software
-    version or dose never reuses a UID.
+    version, dose or watermark never reuses a UID. Which kinds are made decides nothing about each of them.
     """
     version = metadata.version("lowgad")
-    decided = [version, CONTRACT_VERSION, engine.name, *(asdict(conditions) | {"sigma": None}).values()]
+    chosen = asdict(outputs) | {"kinds": None}
+    decided = [version, CONTRACT_VERSION, engine.name, *(asdict(conditions) | {"sigma": None} | chosen).values()]
     agent = BY_NAME.get(acquisition.agent.value or "")
     return DerivationContext(
         model_id=engine.name,
+        model_version=engine.version,
         model_sha256=engine.digest,
+        card_sha256=engine.card_digest,
+        notice=engine.notice,
         config_hash=hashlib.sha256(json.dumps(decided).encode()).hexdigest()[:32],
         agent=acquisition.agent.value,
         administered_dose_mmol_per_kg=acquisition.dose_mmol_per_kg.value,
-        simulated_dose_mmol_per_kg=agent.standard_dose_mmol_per_kg if agent else None,
+        simulated_dose_mmol_per_kg=agent.standard_dose_mmol_per_kg * outputs.dose_factor if agent else None,
         software_version=version,
         now=now,
         series_numbers_in_use=numbers,
     )
+
+
+def _listed(instances: Sequence[Dataset]) -> dict[str, Any]:
+    """What the report says of one kind of result."""
+    first = instances[0]
+    return {
+        "series_instance_uid": str(first.SeriesInstanceUID),
+        "sop_class_uid": str(first.SOPClassUID),
+        "description": str(first.SeriesDescription),
+        "instances": len(instances),
+    }
 
 
 def _judge(prepared: Prepared, conditions: Conditions) -> list[Figure]:
@@ -202,8 +223,8 @@ def _report(
     comparison = prepared.comparison
     return {
         "outcome": "DONE",
-        "notice": RESEARCH_USE,
-        "engine": {"name": engine.name, "sha256": engine.digest},
+        "notice": engine.notice,
+        "engine": {"name": engine.name, "version": engine.version, "sha256": engine.digest},
         "options": asdict(options),
         "series": {
             "pre": {"series_instance_uid": pair.pre.series_uid, "slices": len(pair.pre.planes)},

@@ -63,6 +63,18 @@ class Stage(Enum):
     DELIVER = "deliver"
 
 
+class Kind(Enum):
+    """What a job can give. The value names the folder of the result and the kind of a delivery."""
+
+    SD = "sd"  # the signal added to the pre-contrast image: what the standard dose would have shown
+    SD_PLUS = "sd_plus"  # the signal added to the low-dose image
+    SUBTRACTION = "subtraction"  # the signal alone, as MR images: SD minus pre-contrast
+    PARAMETRIC_MAP = "parametric_map"  # the signal alone, as floating-point numbers
+    SEGMENTATION = "segmentation"  # where the signal exceeds a threshold
+    STRUCTURED_REPORT = "structured_report"  # acquisition values, quality figures, model
+    PRESENTATION_STATE = "presentation_state"  # says over each MR series that it is synthetic
+
+
 @dataclass(frozen=True)
 class JobOptions:
     """What the sender or an operator asked for; part of the identity of a job."""

@@ -170,7 +170,7 @@ class Delivery:
 
     destination: str
     sop_instance_uid: str
-    kind: str  # "sd" or "sd_plus"
+    kind: str  # a value of service.core.job.Kind
     path: str  # relative to the job's result folder
     status: DeliveryStatus = DeliveryStatus.PENDING
     dimse_status: int | None = None  # PS3.7 annex C

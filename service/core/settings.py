@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from service.core.job import Kind
+
 PREFIX = "LOWGAD_"
 EMBEDDED_BROKER = "embedded"
 SITE_FILE_ONLY = frozenset({"destinations", "commitment_requestors"})  # tables, which a variable cannot hold
@@ -34,6 +36,7 @@ def _split(value: object) -> object:
 
 AeTitle = Annotated[str, Field(pattern=r"^[\x21-\x5b\x5d-\x7e]([\x20-\x5b\x5d-\x7e]{0,14}[\x21-\x5b\x5d-\x7e])?$")]
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Kinds = Annotated[tuple[Kind, ...], BeforeValidator(_split)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Unknown = Literal["field_strength", "agent", "dose"]
 
@@ -56,10 +59,16 @@ class Destination(BaseModel):
         default=5.0, ge=0, le=300, description="How long the association stays open for a report on it"
     )
 
+    results: Kinds | None = Field(default=None, description="Kinds of result it is sent; unset: all that are made")
+
     @property
     def reporting_ae_title(self) -> str:
         """The only AE title whose reports on this destination are believed."""
         return self.commitment_ae_title or self.ae_title
+
+    def takes(self, kind: str) -> bool:
+        """Whether this kind of result is sent there."""
+        return self.results is None or kind in {wanted.value for wanted in self.results}
 
 
 class CommitmentRequestor(BaseModel):
@@ -84,6 +93,17 @@ class Settings(BaseModel):
     engine: Literal["network", "linear"] = Field(default="network", description="Engine when a job names none")
     allow_unknown: Annotated[frozenset[Unknown], BeforeValidator(_split)] = Field(
         default=frozenset(), description="Quantities that may be unknown: field_strength, agent, dose"
+    )
+    results: Kinds = Field(
+        default=(Kind.SD, Kind.SD_PLUS),
+        min_length=1,
+        description="Kinds of result: sd, sd_plus, subtraction, parametric_map, segmentation, structured_report,"
+        " presentation_state",
+    )
+    watermark: bool = Field(default=True, description="Burn SYNTHETIC - NOT ACQUIRED into the images, outside the head")
+    dose_factor: float = Field(default=1.0, gt=0, le=1.5, description="Simulated dose, in standard doses")
+    segmentation_threshold: float = Field(
+        default=0.1, gt=0, le=1, description="Predicted signal from which the segmentation begins, white matter = 1"
     )
 
     listen_host: str = Field(default="127.0.0.1", description="Address of the DICOM listener")
@@ -146,6 +166,17 @@ class Settings(BaseModel):
         reporting |= {item.ae_title for item in self.commitment_requestors}
         if self.allowed_calling_aes and (missing := sorted(reporting - set(self.allowed_calling_aes))):
             raise ValueError(f"storage commitment needs these in allowed_calling_aes, too: {', '.join(missing)}")
+        return self
+
+    @model_validator(mode="after")
+    def _results_are_made(self) -> Self:
+        images = {Kind.SD, Kind.SD_PLUS, Kind.SUBTRACTION}
+        if Kind.PRESENTATION_STATE in self.results and not images & set(self.results):
+            raise ValueError("a presentation state needs a series of images to be shown over")
+        for destination in self.destinations:
+            if missing := set(destination.results or ()) - set(self.results):
+                names = ", ".join(sorted(kind.value for kind in missing))
+                raise ValueError(f"destination {destination.name} wants results that are not made: {names}")
         return self
 
     @classmethod

@@ -114,7 +114,7 @@ class Spool:
     # --- results ------------------------------------------------------------------------------------------------------
 
     def result_dir(self, job_id: str) -> Path:
-        """The published result of a job: `sd/*.dcm`, `sd_plus/*.dcm`, `report.json`. May not exist (yet).
+        """The published result of a job: a folder of *.dcm for each kind, and `report.json`. May not exist (yet).
 
         Raises:
             ValueError: not the id of a job.

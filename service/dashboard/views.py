@@ -51,7 +51,7 @@ STAGE_WORDS = {
 }
 # How names in the report end, longest first.
 UNITS = {"_mmol_per_kg": "mmol/kg", "_mm": "mm", "_ml": "ml", "_kg": "kg", "_rad": "rad", "_t": "T"}
-SHOWN_ELSEWHERE = {"acquisition", "quality", "options"}
+SHOWN_ELSEWHERE = {"results", "acquisition", "quality", "options"}
 ACTION_WORDS = {Action.RERUN: "Re-run", Action.RESEND: "Re-send", Action.CANCEL: "Cancel"}
 
 
@@ -124,6 +124,7 @@ def _job(ledger: Ledger, spool: Spool, job_id: str) -> dict[str, Any]:
         "inputs": Counter(instance.series_uid for instance in ledger.inputs(job_id)).most_common(),
         "acquisition": list(_acquisition(job.report)),
         "quality": list(_quality(job.report)),
+        "results": list(_results(job.report)),
         "facts": list(_facts(job.report)),
     }
 
@@ -157,6 +158,12 @@ def _quality(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     for figure in report.get("quality", []):
         name, value, verdict = figure.get("name", ""), figure.get("value"), figure.get("verdict", "")
         yield _words(name), _plain(value), str(verdict), str(figure.get("text", ""))
+
+
+def _results(report: Mapping[str, Any]) -> Iterator[tuple[str, str, int, str]]:
+    """(kind, description, how many instances, SeriesInstanceUID) of every series that was made."""
+    for kind, series in report.get("results", {}).items():
+        yield kind, series["description"], series["instances"], series["series_instance_uid"]
 
 
 def _facts(report: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:

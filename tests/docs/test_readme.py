@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from enum import Enum
 from pathlib import Path
 from typing import get_args
 
@@ -34,10 +35,16 @@ def settings() -> str:
     """Every setting with its default."""
     rows = ["| setting | default | meaning |", "| --- | --- | --- |"]
     for name, field in Settings.model_fields.items():
-        default = "" if field.default in (None, "", (), frozenset()) else f"`{field.default}`"
-        shown = f"`{name}`" if name in SITE_FILE_ONLY else f"`LOWGAD_{name.upper()}`"
-        rows.append(f"| {shown} | {default} | {field.description} |")
+        default = "" if field.default in (None, "", (), frozenset()) else f"`{shown(field.default)}`"
+        where = f"`{name}`" if name in SITE_FILE_ONLY else f"`LOWGAD_{name.upper()}`"
+        rows.append(f"| {where} | {default} | {field.description} |")
     return "\n".join([*rows, ""])
+
+
+def shown(default: object) -> str:
+    """A default as it is written in an environment variable."""
+    several = default if isinstance(default, tuple) else (default,)
+    return ", ".join(str(one.value if isinstance(one, Enum) else one) for one in several)
 
 
 def replaced(text: str, name: str, content: str) -> str:

@@ -17,7 +17,17 @@ from models.card import DEFAULT_MODEL, ZOO, ModelError, read_card
 from models.condition import DOSE_INDEX, HEADROOM, NAMES, UNKNOWN_DOSE_FRACTION, Conditions, vector
 from models.preprocess import prepare
 from models.quality import Verdict, judge_conditions, judge_order, judge_pair
-from models.runtime import CUDA, LinearEngine, NetworkEngine, OutputError, Progress, UnknownDoseError, choose_precision
+from models.runtime import (
+    CUDA,
+    LinearEngine,
+    NetworkEngine,
+    OutputError,
+    Progress,
+    UnknownDoseError,
+    at_dose,
+    choose_precision,
+    upper_bound,
+)
 from models.volume import Array
 from tests.numeric.phantoms import as_volume, head
 
@@ -290,3 +300,17 @@ def sign(folder: Path) -> None:
     lines = (folder / "card.toml").read_text().splitlines(keepends=True)
     signed = [f'sha256 = "{digest}"\n' if line.startswith("sha256 ") else line for line in lines]
     (folder / "card.toml").write_text("".join(signed))
+
+
+def test_another_dose_is_in_proportion_and_never_beyond_the_bound() -> None:
+    phantom = head()
+    pre, low, _ = as_volume(phantom)
+    prepared = prepare(pre, low)
+    signal = LinearEngine().predict(prepared, conditions())
+    assert at_dose(signal, prepared, conditions(), 1.0) is signal
+    assert np.allclose(at_dose(signal, prepared, conditions(), 0.5), signal / 2)
+    bound = upper_bound(prepared.comparison.subtraction, conditions().dose_fraction)
+    more = at_dose(signal, prepared, conditions(), HEADROOM)
+    assert (more >= signal).all()
+    assert (more <= np.maximum(bound, signal)).all()
+    assert (more > signal).any()

@@ -21,16 +21,21 @@ from pydicom.datadict import keyword_for_tag, tag_for_keyword
 from pydicom.dataset import Dataset
 
 from service.core.errors import Permanent, Reason
+from service.core.job import Kind
 from tests.factories import SyntheticPair, as_enhanced, as_stacks, encode, make_pair, uid, write_study
 from worker.attributes import TABLE, Action
-from worker.derived import DerivationContext, Kind, derive
+from worker.derived import MR_SERIES, derive
 from worker.pairing import Pair, choose_pair
+from worker.provenance import DerivationContext
 from worker.study import Series, read_study
 
 REAL_PAIR = Path(__file__).parents[2].parent / "shared" / "data" / "tcga-du-7294-lowdose33.zip"
 CONTEXT = DerivationContext(
     model_id="test-model",
+    model_version="7",
     model_sha256="ab" * 32,
+    card_sha256="ef" * 32,
+    notice="research use, trained on simulated data, not a medical device",
     config_hash="cd" * 32,
     agent="gadobutrol",
     administered_dose_mmol_per_kg=0.025,
@@ -56,7 +61,7 @@ def signal_for(series: Series, seed: int = 0) -> npt.NDArray[np.float32]:
 
 
 def derived(pair: Pair, kind: Kind, context: DerivationContext = CONTEXT) -> list[Dataset]:
-    source, other = (pair.pre, pair.low) if kind is Kind.SD else (pair.low, pair.pre)
+    source, other = (pair.low, pair.pre) if kind is Kind.SD_PLUS else (pair.pre, pair.low)
     return list(derive(kind, source, signal_for(source), other, context))
 
 
@@ -69,9 +74,13 @@ def saved(folder: Path, instances: Sequence[Dataset]) -> list[Path]:
 
 
 def errors(path: Path) -> list[str]:
+    return errors_of(path, iod="MRImage")
+
+
+def errors_of(path: Path, iod: str = "") -> list[str]:
     done = subprocess.run(["dciodvfy", "-new", str(path)], capture_output=True, text=True, check=False)
     lines = (done.stdout + done.stderr).splitlines()
-    assert "MRImage" in lines
+    assert not iod or iod in lines
     return [line for line in lines if line.startswith("Error") and line != KNOWN_ERROR]
 
 
@@ -81,10 +90,10 @@ def inconsistencies(paths: Sequence[Path]) -> str:
 
 
 def check(sources: Sequence[Path], pair: Pair, out: Path, *, every: int = 1) -> None:
-    results = [saved(out / kind.value, derived(pair, kind)) for kind in Kind]
+    results = [saved(out / kind.value, derived(pair, kind)) for kind in MR_SERIES]
     for paths in results:
         assert [error for path in paths[::every] for error in errors(path)] == []
-    assert inconsistencies([*sources, *results[0], *results[1]]) == ""
+    assert inconsistencies([*sources, *itertools.chain(*results)]) == ""
 
 
 # ------------------------------------------------------------------------------------------------ the validators
@@ -110,7 +119,7 @@ def test_a_sparse_but_valid_source_gives_a_valid_result(tmp_path: Path) -> None:
 @pytest.mark.parametrize("vendor", ["siemens", "philips"])
 def test_enhanced_input_gives_valid_classic_images(tmp_path: Path, vendor: str) -> None:
     pair = enhanced_pair(tmp_path, make_pair(vendor=vendor, plane="oblique"))
-    for kind in Kind:
+    for kind in MR_SERIES:
         for path in saved(tmp_path / kind.value, derived(pair, kind))[::3]:
             assert errors(path) == []
 
@@ -139,8 +148,8 @@ def test_a_pair_in_one_object_gives_valid_images_with_uids_of_their_own(tmp_path
     datasets = make_pair(low_changes=together)
     (tmp_path / "both.dcm").write_bytes(encode(as_stacks(as_enhanced(datasets.pre), as_enhanced(datasets.low))))
     pre, low = read_study([tmp_path / "both.dcm"]).series
-    images = [derived(Pair(*order), kind) for kind, order in itertools.product(Kind, [(pre, low), (low, pre)])]
-    assert len({image.SOPInstanceUID for series in images for image in series}) == 4 * 8
+    images = [derived(Pair(*order), kind) for kind, order in itertools.product(MR_SERIES, [(pre, low), (low, pre)])]
+    assert len({image.SOPInstanceUID for series in images for image in series}) == 6 * 8
     assert len(images[0][0].ReferencedSeriesSequence[0].ReferencedInstanceSequence) == 1
     for path in saved(tmp_path / "out", images[0])[::4]:
         assert errors(path) == []
@@ -156,17 +165,17 @@ def enhanced_pair(folder: Path, pair: SyntheticPair) -> Pair:
 # ------------------------------------------------------------------------------------------------ pixels and geometry
 
 
-@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("kind", MR_SERIES)
 @pytest.mark.parametrize("vendor", ["siemens", "ge", "philips"])
 def test_stored_values_are_the_source_plus_the_signal_and_identical_where_it_rounds_to_zero(
     tmp_path: Path, vendor: str, kind: Kind
 ) -> None:
     pair = paired(tmp_path, vendor=vendor)
-    source = pair.pre if kind is Kind.SD else pair.low
+    source = pair.low if kind is Kind.SD_PLUS else pair.pre
     added = np.rint(signal_for(source) / source.planes[0].unit_per_stored)
     assert (added == 0).any()
     for k, image in enumerate(derived(pair, kind)):
-        difference = image.pixel_array.astype(int) - source.planes[k].stored
+        difference = image.pixel_array.astype(int) - (0 if kind is Kind.SUBTRACTION else source.planes[k].stored)
         assert np.array_equal(difference, added[k])
         assert image.PixelRepresentation == int(vendor == "ge")
         assert (image.BitsAllocated, image.BitsStored, image.HighBit) == (16, 16, 15)
@@ -219,12 +228,12 @@ def test_a_signal_that_is_not_finite_is_no_result(tmp_path: Path) -> None:
     assert refused.value.reason is Reason.OUTPUT_INVALID
 
 
-@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("kind", MR_SERIES)
 def test_geometry_is_copied_digit_by_digit_from_the_image_the_signal_was_added_to(tmp_path: Path, kind: Kind) -> None:
     shifted = {"ImageOrientationPatient": ["0.99254615", "0.12186934", "0", "-0.1192063", "0.97085736", "0.2079117"]}
     paths = write_study(tmp_path / "in", plane="oblique", low_changes=shifted)
     pair = choose_pair(read_study(paths))
-    source = pair.pre if kind is Kind.SD else pair.low
+    source = pair.low if kind is Kind.SD_PLUS else pair.pre
     raw = {str(header.SOPInstanceUID): header for header in map(dcmread, paths)}
     for plane, path in zip(source.planes, saved(tmp_path / "out", derived(pair, kind)), strict=True):
         image, original = dcmread(path), raw[plane.sop_instance_uid]
@@ -252,7 +261,7 @@ def test_an_independent_reader_finds_the_same_grid(tmp_path: Path) -> None:
 
 
 def test_every_image_says_in_many_places_that_it_was_not_acquired(tmp_path: Path) -> None:
-    for kind in Kind:
+    for kind in MR_SERIES:
         for image in derived(paired(tmp_path / kind.value), kind):
             assert image.SyntheticData == "YES"
             assert image.ContentQualification == "RESEARCH"
@@ -271,7 +280,7 @@ def test_every_image_says_in_many_places_that_it_was_not_acquired(tmp_path: Path
 
 def test_both_series_state_the_injected_dose_and_nowhere_the_simulated_one_as_injected(tmp_path: Path) -> None:
     pair = paired(tmp_path, volume_ml="2.0", total_dose_ml="2.0", agent_code=("407976008", "SCT", "Gadobutrol"))
-    for kind in Kind:
+    for kind in MR_SERIES:
         for image in derived(pair, kind):
             assert image.ContrastBolusAgent == "Gadovist"
             assert (str(image.ContrastBolusVolume), str(image.ContrastBolusTotalDose)) == ("2.0", "2.0")
@@ -332,8 +341,8 @@ def test_series_numbers_are_high_unused_and_different(tmp_path: Path) -> None:
     study = read_study(write_study(tmp_path, low_changes={"SeriesNumber": "9001"}))
     context = dataclasses.replace(CONTEXT, series_numbers_in_use=study.series_numbers | {9002})
     pair = choose_pair(study)
-    found = [derived(pair, kind, context)[0].SeriesNumber for kind in Kind]
-    assert found == [9003, 9004]
+    found = [derived(pair, kind, context)[0].SeriesNumber for kind in MR_SERIES]
+    assert found == [9021, 9022, 9003]
 
 
 def test_dates_of_the_result_are_those_given_in_the_zone_of_the_source(tmp_path: Path) -> None:
@@ -406,7 +415,7 @@ def test_two_character_sets_in_one_pair_become_one_that_holds_both(tmp_path: Pat
 def test_an_image_holds_nothing_that_the_table_does_not_name(tmp_path: Path) -> None:
     secret = {"PatientComments": "x", "OperatorsName": "x", "AdmittingDiagnosesDescription": "x", "MedicalAlerts": "x"}
     named = {row.keyword for row in TABLE if row.action is not Action.REMOVE}
-    for kind in Kind:
+    for kind in MR_SERIES:
         pair = paired(tmp_path / kind.value, vendor="philips", pre_changes=secret, low_changes=secret)
         for image in derived(pair, kind):
             public = {keyword_for_tag(element.tag) for element in image if not element.tag.is_private}

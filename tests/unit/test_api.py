@@ -35,6 +35,13 @@ SMALL: dict[str, Any] = {"slices": 8, "rows": 8, "columns": 8}
 PAIR = make_pair(**SMALL)
 FILES = [encode(dataset) for dataset in PAIR.all]
 
+SD_SERIES = {
+    "description": "AI SYNTH T1+C SD - NOT ACQUIRED",
+    "sop_class_uid": "1.2.840.10008.5.1.4.1.1.4",
+    "series_instance_uid": uid("derived", "series"),
+    "instances": 1,
+}
+
 
 class Api:
     """The application and everything behind it."""
@@ -66,7 +73,8 @@ class Api:
             (folder / "sd" / "0001.dcm").write_bytes(b"x" * 700_000)
             (folder / "report.json").write_text("{}")
         rows = [Delivery("pacs", uid("derived"), "sd", "sd/0001.dcm")]
-        assert self.ledger.finish(job_id, running.attempt, actor="worker", report={"seconds": {}}, deliveries=rows)
+        report = {"seconds": {}, "results": {"sd": SD_SERIES}}
+        assert self.ledger.finish(job_id, running.attempt, actor="worker", report=report, deliveries=rows)
         return job_id
 
     def messages(self, task: str) -> int:
@@ -348,6 +356,12 @@ def test_a_job_tells_its_reason_in_words_and_its_report(api: Api) -> None:
     assert (job["state"], job["reason"], job["detail"]) == ("REJECTED", "MISSING_SLICES", "7 of 8")
     assert job["reason_text"] == Reason.MISSING_SLICES.text
     assert job["report"] == {}
+    assert job["results"] == []
+
+
+def test_a_job_lists_the_series_that_it_made(api: Api) -> None:
+    job = api.client.get(f"/api/v1/jobs/{api.computed()}").json()
+    assert job["results"] == [{"kind": "sd", **SD_SERIES}]
 
 
 def test_the_history_tells_who_did_what(api: Api) -> None:

@@ -4,8 +4,11 @@ import ast
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from service.core.settings import Settings, SettingsError
+from models.condition import HEADROOM
+from service.core.job import Kind
+from service.core.settings import Destination, Settings, SettingsError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -119,3 +122,40 @@ def test_who_reports_storage_commitment_must_be_admitted_by_the_listener() -> No
         Settings(destinations=(pacs,), allowed_calling_aes=("MODALITY",))
     Settings(destinations=(pacs,), allowed_calling_aes=("MODALITY", "PACS"))
     Settings(destinations=(pacs | {"commitment_ae_title": "MODALITY"},), allowed_calling_aes=("MODALITY",))
+
+
+def test_kinds_of_result_come_from_the_environment_and_a_destination_may_take_fewer(tmp_path: Path) -> None:
+    site = tmp_path / "site.toml"
+    site.write_text('[[destinations]]\nname = "pacs"\nhost = "pacs"\nport = 104\nae_title = "PACS"\nresults = ["sd"]\n')
+    settings = Settings.load({"LOWGAD_RESULTS": "sd, structured_report"}, site)
+    assert settings.results == (Kind.SD, Kind.STRUCTURED_REPORT)
+    assert [settings.destinations[0].takes(kind.value) for kind in settings.results] == [True, False]
+    assert Settings().results == (Kind.SD, Kind.SD_PLUS)
+    assert (Settings().watermark, Settings.load({"LOWGAD_WATERMARK": "false"}).watermark) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"LOWGAD_RESULTS": "sd, mip"}, "results"),
+        ({"LOWGAD_RESULTS": "presentation_state"}, "needs a series of images"),
+        ({"LOWGAD_RESULTS": ""}, "results"),
+        ({"LOWGAD_DOSE_FACTOR": "1.6"}, "dose_factor"),
+    ],
+)
+def test_results_that_cannot_be_made_stop_the_start_up(environ: dict[str, str], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        Settings.load(environ)
+
+
+def test_a_destination_cannot_want_results_that_are_not_made() -> None:
+    pacs = Destination(name="pacs", host="pacs", port=104, ae_title="PACS", results=(Kind.SEGMENTATION,))
+    with pytest.raises(ValidationError, match="segmentation"):
+        Settings(destinations=(pacs,))
+
+
+def test_the_dose_factor_goes_as_far_as_the_bound() -> None:
+    assert HEADROOM == 1.5
+    with pytest.raises(ValidationError):
+        Settings(dose_factor=HEADROOM + 0.01)
+    Settings(dose_factor=HEADROOM)

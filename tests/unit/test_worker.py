@@ -17,7 +17,7 @@ from sqlalchemy.exc import OperationalError
 
 from models.runtime import Engine, LinearEngine
 from service.core.errors import Permanent, Reason, Retryable
-from service.core.job import Job, JobOptions, Stage, State
+from service.core.job import Job, JobOptions, Kind, Stage, State
 from service.core.ledger import DeliveryStatus, Ledger
 from service.core.queue import make_celery
 from service.core.settings import Destination, Settings
@@ -346,6 +346,18 @@ def test_a_result_is_sent_and_every_answer_kept(sending: Callable[..., Site]) ->
     assert sorted(scp.received) == sorted(uid("derived", kind, n) for kind in ("sd", "sd_plus") for n in range(2))
     assert [row.dimse_status for row in rows] == [0x0000, 0xB000, 0x0000, 0x0000]
     assert [bool(row.last_error) for row in rows] == [False, True, False, False]
+
+
+def test_a_destination_is_sent_the_kinds_that_it_takes(sending: Callable[..., Site]) -> None:
+    with running_scp() as scp:
+        site = sending(scp)
+        pacs = site.settings.destinations[0].model_copy(update={"results": (Kind.SD_PLUS,)})
+        site.worker.settings = site.settings.model_copy(update={"destinations": (pacs,)})
+        job_id = site.new_job("pacs")
+        site.worker.process(job_id)
+        site.worker.deliver(job_id)
+    assert site.job(job_id).state is State.DELIVERED
+    assert sorted(scp.received) == sorted(uid("derived", "sd_plus", n) for n in range(2))
 
 
 def test_only_what_the_archive_could_not_take_is_sent_again(sending: Callable[..., Site]) -> None:
