@@ -322,18 +322,16 @@ def _scaling(header: Dataset, private: Iterable[Dataset]) -> tuple[float, float,
 
     Philips writes stored values SV that only its private scale slope SS makes comparable between series:
     FP = (SV * RS + RI) / (RS * SS) with RescaleSlope RS and RescaleIntercept RI. RS and RI alone are for display.
-
-    Raises:
-        Permanent: UNSUPPORTED_OBJECT when a slope is zero.
+    Where a slope is zero, unit_per_stored is.
     """
     slope = number(header, "RescaleSlope")
+    slope = 1.0 if slope is None else slope
     intercept = number(header, "RescaleIntercept") or 0.0
     scale_slopes = [value for item in private if (value := _philips_scale_slope(item)) is not None]
-    if slope == 0 or 0 in scale_slopes:
-        raise Permanent(Reason.UNSUPPORTED_OBJECT, "a rescale slope is zero")
-    if scale_slopes:
-        return 1 / scale_slopes[0], intercept / ((slope or 1.0) * scale_slopes[0]), "Philips FP"
-    return slope or 1.0, intercept, "rescaled"
+    if not scale_slopes:
+        return slope, intercept, "rescaled"
+    scale = slope * scale_slopes[0]
+    return (slope / scale, intercept / scale, "Philips FP") if scale else (0.0, 0.0, "Philips FP")
 
 
 _PHILIPS_SCALING = (0x2005, "Philips MR Imaging DD 001", 0x0E)

@@ -58,10 +58,14 @@ class Series:
         """Voxels (k, j, i) in the planes' unit, and the affine to LPS mm (PS3.3 C.7.6.2.1.1, equation C.7.6.2.1-1).
 
         Raises:
-            Permanent: the series' fault; UNREADABLE_FILE when pixel data cannot be decoded.
+            Permanent: the series' fault; UNREADABLE_FILE when pixel data cannot be decoded, UNSUPPORTED_OBJECT when
+                rescaled values are beyond single precision.
         """
         self.refuse_fault()
-        voxels = np.stack([plane.in_units() for plane in self.planes])
+        with np.errstate(over="ignore"):
+            voxels = np.stack([plane.in_units() for plane in self.planes])
+        if not np.isfinite(voxels).all():
+            raise Permanent(Reason.UNSUPPORTED_OBJECT, f"{self.label}: rescaled values are beyond single precision")
         return Volume(voxels, _affine([plane.header for plane in self.planes]))
 
     def refuse_fault(self) -> None:
@@ -224,7 +228,10 @@ def _series(series_uid: str, members: Sequence[_Member], part: str = "") -> Seri
     heights = np.array([numbers(plane.header, "ImagePositionPatient") for plane in planes]) @ normal
     ordered = tuple(planes[n] for n in np.argsort(heights))
     step_mm = float(np.ptp(heights)) / (len(planes) - 1)
-    return Series(series_uid, ordered, _every_other_missing(planes[0].header, step_mm), part)
+    return Series(series_uid, ordered, _impossible_step(planes[0].header, step_mm), part)
+
+
+_SPACING_RANGE_MM = (0.01, 100.0)
 
 
 def _impossible(planes: Sequence[Plane]) -> Fault | None:
@@ -232,16 +239,21 @@ def _impossible(planes: Sequence[Plane]) -> Fault | None:
         return Fault(Reason.IRREGULAR_GEOMETRY, "slices are scaled in different ways")
     row, column = axes(planes[0].header)
     lengths = np.abs([row @ row - 1, column @ column - 1, row @ column])
-    if lengths.max() > 1e-2 or min(numbers(planes[0].header, "PixelSpacing")) <= 0:
+    spacing_mm = numbers(planes[0].header, "PixelSpacing")
+    if lengths.max() > 1e-2 or not _SPACING_RANGE_MM[0] <= min(spacing_mm) <= max(spacing_mm) <= _SPACING_RANGE_MM[1]:
         return Fault(Reason.IRREGULAR_GEOMETRY, "ImageOrientationPatient or PixelSpacing is impossible")
+    if min(plane.unit_per_stored for plane in planes) <= 0:
+        return Fault(Reason.UNSUPPORTED_OBJECT, "a rescale slope is not positive")
     return None
 
 
-def _every_other_missing(header: Dataset, step_mm: float) -> Fault | None:
-    """A regular series that is a multiple of its stated distance apart, with more than half a slice between slices.
+def _impossible_step(header: Dataset, step_mm: float) -> Fault | None:
+    """Slices hardly apart; or a multiple of their stated distance apart, with more than half a slice between them.
 
-    Both signs are wanted, because some scanners write the gap alone as SpacingBetweenSlices.
+    Of the latter both signs are wanted, because some scanners write the gap alone as SpacingBetweenSlices.
     """
+    if not _SPACING_RANGE_MM[0] <= step_mm <= _SPACING_RANGE_MM[1]:
+        return Fault(Reason.IRREGULAR_GEOMETRY, f"slices are {step_mm:.3g} mm apart")
     stated, thickness = number(header, "SpacingBetweenSlices"), number(header, "SliceThickness")
     if not stated or not thickness or stated <= 0:
         return None

@@ -95,6 +95,17 @@ def _as_unknown_bytes(pair: SyntheticPair) -> list[Dataset]:
     return pair.all
 
 
+def _scaled_slice_by_slice(pair: SyntheticPair) -> list[Dataset]:
+    """Each slice with a scaling of its own, as Philips may write them."""
+    for k, dataset in enumerate(pair.all):
+        factor = 1 + 0.1 * (k % 7)
+        stored = np.frombuffer(dataset.PixelData, "<u2") * factor
+        dataset.PixelData = np.rint(stored).astype("<u2").tobytes()
+        dataset[0x2005, 0x100E].value = float(np.float32(dataset[0x2005, 0x100E].value * factor))
+        dataset.RescaleSlope = f"{float(dataset.RescaleSlope) * factor:.6g}"
+    return pair.all
+
+
 def _every_second_number(datasets: list[Dataset]) -> None:
     for k, dataset in enumerate(datasets):
         dataset.AcquisitionNumber = str(1 + k % 2)
@@ -119,6 +130,7 @@ FORMS: Mapping[str, Callable[[SyntheticPair], list[Dataset]]] = {
         pair, lambda pre, low: (_every_second_number(pre), _every_second_number(low))
     ),
     "unknown private bytes": _as_unknown_bytes,
+    "scaled slice by slice": _scaled_slice_by_slice,
     "scale slopes removed": lambda pair: _edited(
         pair, lambda pre, low: (_without_scale_slope(pre), _without_scale_slope(low))
     ),
@@ -230,6 +242,7 @@ VENDORS = [
         tolerance=PHILIPS_TOLERANCE),
     Row("Philips, scale slope of unknown value representation", PHILIPS, "unknown private bytes", unit="Philips FP",
         tolerance=PHILIPS_TOLERANCE),
+    Row("Philips, every slice with its own scaling", PHILIPS, "scaled slice by slice", unit="Philips FP", tolerance=5),
     Row("Philips, without private tags", PHILIPS, "scale slopes removed", tolerance=np.inf),  # the gain evens it out
     Row("Philips, private tags of one series removed", PHILIPS, form="one scale slope removed",
         reason=Reason.PAIR_NOT_COMPARABLE),
@@ -356,6 +369,8 @@ REFUSED = [
     Row("pre-contrast alone", form="pre alone", reason=Reason.ONE_SERIES_ONLY),
     Row("another flip angle", {"low_changes": {"FlipAngle": "25"}}, reason=Reason.PAIR_NOT_COMPARABLE),
     Row("another matrix spacing", {"low_changes": {"PixelSpacing": ["0.5", "0.5"]}}, reason=Reason.PAIR_NOT_COMPARABLE),
+    Row("negative rescale slope", {"low_changes": {"RescaleSlope": "-1", "RescaleIntercept": "0"}},
+        reason=Reason.UNSUPPORTED_OBJECT),
     Row("in colour", form="in colour", reason=Reason.UNSUPPORTED_OBJECT),
     Row("another patient", {"low_changes": {"PatientID": "SOMEBODYELSE"}}, reason=Reason.TWO_PATIENTS),
     Row("another study", {"low_changes": {"StudyInstanceUID": uid("another study")}}, reason=Reason.TWO_STUDIES),

@@ -434,6 +434,40 @@ def test_the_same_file_twice_counts_once_but_two_objects_under_one_uid_are_refus
     assert refused.value.reason is Reason.IRREGULAR_GEOMETRY
 
 
+def test_slices_that_are_hardly_apart_are_no_volume(tmp_path: Path) -> None:
+    (series,) = read_study(written(tmp_path, make_pair(spacing_mm=(1.0, 1.0, 0.0005)).pre)).series
+    assert series.fault
+    assert (series.fault.reason, series.fault.detail) == (Reason.IRREGULAR_GEOMETRY, "slices are 0.0005 mm apart")
+
+
+@pytest.mark.parametrize(
+    ("vendor", "changes", "reason"),
+    [
+        ("ge", {"RescaleSlope": "0", "RescaleIntercept": "0"}, Reason.UNSUPPORTED_OBJECT),
+        ("ge", {"RescaleSlope": "-1", "RescaleIntercept": "0"}, Reason.UNSUPPORTED_OBJECT),
+        ("ge", {"RescaleSlope": "1e37", "RescaleIntercept": "0"}, Reason.UNSUPPORTED_OBJECT),
+        ("philips", {"RescaleSlope": "0"}, Reason.UNSUPPORTED_OBJECT),
+        ("philips", 0.0, Reason.UNSUPPORTED_OBJECT),  # of the private scale slope
+        ("philips", -0.25, Reason.UNSUPPORTED_OBJECT),
+        ("ge", {"PixelSpacing": ["1e-9", "1e-9"]}, Reason.IRREGULAR_GEOMETRY),
+        ("ge", {"PixelSpacing": ["0", "0"]}, Reason.IRREGULAR_GEOMETRY),
+        ("ge", {"PixelSpacing": ["900", "900"]}, Reason.IRREGULAR_GEOMETRY),
+    ],
+)
+def test_scaling_and_spacing_that_cannot_be_are_the_fault_of_their_series_alone(
+    tmp_path: Path, vendor: str, changes: dict[str, Any] | float, reason: Reason
+) -> None:
+    pair = make_pair(vendor=vendor, low_changes=changes if isinstance(changes, dict) else {})
+    for dataset in pair.low:
+        if isinstance(changes, float):
+            dataset[0x2005, 0x100E].value = changes
+    pre, low = read_study(written(tmp_path, pair.all)).series
+    assert pre.volume().voxels.min() >= 0
+    with pytest.raises(Permanent) as refused:
+        low.volume()
+    assert refused.value.reason is reason
+
+
 def test_every_other_slice_missing_is_noticed_from_the_stated_distance(tmp_path: Path) -> None:
     pair = make_pair(slices=20)
     study: Study = read_study(written(tmp_path, [*pair.pre[::2], *pair.low[::2]]))
