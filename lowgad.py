@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.core.errors import LowgadError
+from service.core.errors import LowgadError, Permanent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -154,7 +154,9 @@ def work(queues: tuple[str, ...], *, supervised: bool) -> None:
 
     signals.worker_ready.connect(say_ready)
     signals.setup_logging.connect(_leave_logging_alone)
-    compute = functools.partial(run, allow_unknown=settings.allow_unknown, outputs=_outputs(settings))
+    compute = functools.partial(
+        run, allow_unknown=settings.allow_unknown, protocols=settings.protocols, outputs=_outputs(settings)
+    )
     app = make_app(settings, compute, lambda name: _engine(settings, name))
     names = ",".join(queues or ("process", "deliver"))
     # solo: engines do not survive a fork, and one process is one job at a time.
@@ -167,7 +169,12 @@ def doctor() -> None:
     from service.doctor import Check, checks, examine
 
     settings = _settings(os.environ)
-    to_check = [Check("settings", lambda: "are valid"), *checks(settings), Check("model", lambda: _model(settings))]
+    to_check = [
+        Check("settings", lambda: "are valid"),
+        *checks(settings),
+        Check("protocols", lambda: _protocols(settings)),
+        Check("model", lambda: _model(settings)),
+    ]
     failures = 0
     for finding in examine(to_check):
         failures += not finding.ok
@@ -195,11 +202,33 @@ def run(study: Path, out: Path, engine: str | None, pre_series_uid: str | None, 
     with _outcome(out), _progress() as progress:
         result = run_pipeline(
             find_files(study), options, _engine(settings, options.engine), progress,
-            allow_unknown=settings.allow_unknown, outputs=_outputs(settings),
+            allow_unknown=settings.allow_unknown, protocols=settings.protocols, outputs=_outputs(settings),
         )  # fmt: skip
         write_result(result.series, result.report, out)
         write_montage(result.prepared, result.signal, out / "montage.png")
     click.echo(f"{sum(map(len, result.series.values()))} derived instances in {out}")
+
+
+@main.command()
+@click.argument("study", type=STUDY)
+@click.option("--pre-series", "pre_series_uid", help="SeriesInstanceUID of the pre-contrast series")
+@click.option("--low-series", "low_series_uid", help="SeriesInstanceUID of the low-dose series")
+def explain(study: Path, pre_series_uid: str | None, low_series_uid: str | None) -> None:
+    """Say which series of a STUDY folder would be used and why, and every acquisition value; process nothing."""
+    from service.core.job import JobOptions
+    from worker.explain import explain as lines_of
+    from worker.explain import reason_in_words
+    from worker.study import find_files
+
+    settings = _settings(os.environ)
+    options = JobOptions(settings.engine, pre_series_uid, low_series_uid)
+    try:
+        for line in lines_of(find_files(study), options, settings.protocols, settings.allow_unknown):
+            click.echo(line)
+    except Permanent as error:
+        click.echo("\n  ".join(reason_in_words(error)))
+        sys.exit(error.reason.outcome.value)
+    click.echo("The study would be processed; its images are judged then")
 
 
 @main.command()
@@ -328,7 +357,7 @@ def _open_ledger(settings: Settings) -> Ledger:
 def _engine(settings: Settings, name: str) -> Engine:
     from models.card import ModelError
     from models.runtime import LinearEngine, NetworkEngine
-    from service.core.errors import Permanent, Reason
+    from service.core.errors import Reason
 
     if name == "linear":
         return LinearEngine()
@@ -343,6 +372,18 @@ def _outputs(settings: Settings) -> Outputs:
     from worker.results import Outputs
 
     return Outputs(settings.results, settings.watermark, settings.dose_factor, settings.segmentation_threshold)
+
+
+def _protocols(settings: Settings) -> str:
+    """What the doctor says about the site's protocols, which were valid when the settings were read."""
+    from service.doctor import CheckFailedError
+    from worker.contrast import is_standard_dose
+
+    for protocol in settings.protocols:
+        dose = protocol.dose_mmol_per_kg
+        if dose is not None and is_standard_dose(dose, protocol.agent):
+            raise CheckFailedError(f"{protocol.name}: {dose:g} mmol/kg is about the standard dose")
+    return f"{len(settings.protocols)} in the site file"
 
 
 def _model(settings: Settings) -> str:

@@ -63,7 +63,13 @@ BY_NAME: dict[str, Agent] = {agent.name: agent for agent in AGENTS}
 
 
 def find_agent(text: str) -> Agent | None:
-    """The agent that a free text names, or None where it names none or more than one.
+    """The agent that a free text names, or None where it names none or more than one."""
+    found = named_agents(text)
+    return found[0] if len(found) == 1 else None
+
+
+def named_agents(text: str) -> list[Agent]:
+    """All agents that a free text names.
 
     Upper and lower case, accents, spaces and hyphens do not matter; the longest spelling at a place wins, so that
     `Gd-DTPA-BMA` is gadodiamide and not gadopentetate.
@@ -74,7 +80,7 @@ def find_agent(text: str) -> Agent | None:
         for spelling in (agent.name, *agent.spellings):
             found += [(m.start(), m.end(), agent) for m in re.finditer(re.escape(_flatten(spelling)), flat)]
     kept = {a.name for s, e, a in found if not any(s2 <= s and e <= e2 and (e2 - s2) > (e - s) for s2, e2, _ in found)}
-    return BY_NAME[kept.pop()] if len(kept) == 1 else None
+    return [agent for agent in AGENTS if agent.name in kept]
 
 
 def _flatten(text: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 from celery import Celery
@@ -19,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from service.core.errors import Reason
 from service.core.job import Job, JobOptions, State
 from service.core.ledger import Added, Instance, Ledger, WaitingStudy
+from service.core.protocols import role_of
 from service.core.queue import enqueue
 from service.core.series import HeaderSummary, find_pair
 from service.core.settings import Settings
@@ -62,6 +64,7 @@ class Intake:
             sqlalchemy.exc.SQLAlchemyError: the database did not take it. The sender must be told to try again.
         """
         stored = self._spool.put(received.chunks)
+        summary = replace(received.summary, role=role_of(self._settings.protocols, received.names))
         instance = Instance(
             sop_instance_uid=received.sop_instance_uid,
             study_uid=received.study_uid,
@@ -72,7 +75,7 @@ class Intake:
             size=stored.size,
             received_at=self._clock(),
             source=source,
-            summary=received.summary.to_json(),
+            summary=summary.to_json(),
         )
         return self._ledger.add_instance(instance)
 

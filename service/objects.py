@@ -21,6 +21,7 @@ from pydicom.uid import UID
 
 from service.core.accepted import DAMAGE, TRANSFER_SYNTAXES
 from service.core.errors import Permanent, Reason
+from service.core.protocols import names_of
 from service.core.series import HeaderSummary
 
 PREAMBLE = b"\0" * 128 + b"DICM"
@@ -39,6 +40,7 @@ class DicomObject:
     series_uid: str
     transfer_syntax_uid: str
     patient: str  # stands for the patient, to tell two apart in one upload; never stored
+    names: dict[str, str]  # what the site's protocols are compared with; never stored
     summary: HeaderSummary
     chunks: tuple[bytes, bytes]  # file head and data set
 
@@ -85,6 +87,7 @@ def _object(dataset: bytes, transfer_syntax: UID) -> DicomObject:
         series_uid=_uid(header, "SeriesInstanceUID"),
         transfer_syntax_uid=str(transfer_syntax),
         patient=_patient(header),
+        names=names_of(header),
         summary=HeaderSummary.of(header),
         chunks=(_file_head(sop_class, sop_instance, transfer_syntax), dataset),
     )

@@ -27,6 +27,7 @@ from models.runtime import Engine, OutputError, UnknownDoseError, at_dose
 from models.volume import Array
 from service.core.errors import Permanent, Reason
 from service.core.job import JobOptions, Stage
+from service.core.protocols import Protocol
 from worker.acquisition import Acquisition, check_acquisition, read_acquisition
 from worker.pairing import Pair, choose_pair
 from worker.provenance import DerivationContext
@@ -54,6 +55,7 @@ def run(
     progress: Progress,
     *,
     allow_unknown: Collection[str] = (),
+    protocols: Sequence[Protocol] = (),
     outputs: Outputs = DEFAULT_OUTPUTS,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> Result:
@@ -65,6 +67,7 @@ def run(
         engine: network or linear.
         progress: told the stage and the fraction of the whole.
         allow_unknown: acquisition values that may be unknown: field_strength, agent, dose.
+        protocols: the site's rules.
         outputs: the kinds of result that are wanted, and how they are made.
         now: clock of the dates in the derived instances.
 
@@ -75,13 +78,13 @@ def run(
     clock.enter(Stage.READ, 0.0)
     study = read_study(paths)
     clock.enter(Stage.CHOOSE, 0.1)
-    pair = choose_pair(study, options.pre_series_uid, options.low_series_uid)
-    acquisition = read_acquisition(pair)
+    pair = choose_pair(study, options.pre_series_uid, options.low_series_uid, protocols)
+    acquisition = read_acquisition(pair, protocols)
     check_acquisition(acquisition, allow_unknown)
     clock.enter(Stage.PREPROCESS, 0.15)
     prepared = _prepare(pair, lambda part: progress(Stage.PREPROCESS, 0.15 + 0.35 * part))
     conditions = acquisition.conditions(prepared)
-    figures = _judge(prepared, conditions)
+    figures = _judge(prepared, conditions, pair.witnesses)
     clock.enter(Stage.INFER, 0.5)
     signal = _predict(engine, prepared, conditions, lambda part: progress(Stage.INFER, 0.5 + 0.3 * part))
     signal = at_dose(signal, prepared, conditions, outputs.dose_factor)
@@ -183,7 +186,7 @@ def _listed(instances: Sequence[Dataset]) -> dict[str, Any]:
     }
 
 
-def _judge(prepared: Prepared, conditions: Conditions) -> list[Figure]:
+def _judge(prepared: Prepared, conditions: Conditions, witnesses: Sequence[str]) -> list[Figure]:
     """The figures before inference, unless one of them refuses the study."""
     checks = (
         (judge_pair(prepared), Reason.PAIR_NOT_COMPARABLE),
@@ -191,14 +194,16 @@ def _judge(prepared: Prepared, conditions: Conditions) -> list[Figure]:
         (judge_conditions(conditions), Reason.OUTSIDE_TRAINING),
     )
     for figures, reason in checks:
-        _refuse(figures, reason)
+        _refuse(figures, reason, witnesses if reason is Reason.SERIES_SWAPPED else ())
     return [figure for figures, _ in checks for figure in figures]
 
 
-def _refuse(figures: Sequence[Figure], reason: Reason) -> None:
-    bad = [figure for figure in figures if figure.verdict is Verdict.REFUSE]
+def _refuse(figures: Sequence[Figure], reason: Reason, witnesses: Sequence[str] = ()) -> None:
+    bad = [
+        f"{figure.name} is {figure.value:g} ({figure.text})" for figure in figures if figure.verdict is Verdict.REFUSE
+    ]
     if bad:
-        raise Permanent(reason, "; ".join(f"{figure.name} is {figure.value:g} ({figure.text})" for figure in bad))
+        raise Permanent(reason, "; ".join([*bad, *witnesses]))
 
 
 def _predict(engine: Engine, prepared: Prepared, conditions: Conditions, progress: Callable[[float], None]) -> Array:
@@ -208,6 +213,13 @@ def _predict(engine: Engine, prepared: Prepared, conditions: Conditions, progres
         raise Permanent(Reason.UNKNOWN_DOSE, str(error)) from error
     except OutputError as error:
         raise Permanent(Reason.OUTPUT_INVALID, str(error)) from error
+
+
+def _image_witness(pair: Pair, figures: Sequence[Figure]) -> str:
+    """What the images themselves say of the order, when it did not refuse the study."""
+    more = -next(figure.value for figure in figures if figure.name == "darkening")
+    says = f"{pair.pre.label} is pre-contrast" if more > 0 else "silent"
+    return f"images: {says}, {100 * more:.2f} % of the brain brightens with the low dose, less what darkens"
 
 
 def _report(
@@ -229,7 +241,7 @@ def _report(
         "series": {
             "pre": {"series_instance_uid": pair.pre.series_uid, "slices": len(pair.pre.planes)},
             "low": {"series_instance_uid": pair.low.series_uid, "slices": len(pair.low.planes)},
-            "witnesses": list(pair.witnesses),
+            "witnesses": [*pair.witnesses, _image_witness(pair, figures)],
             "set_aside": list(pair.set_aside),
         },
         "acquisition": asdict(acquisition),

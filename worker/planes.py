@@ -33,7 +33,7 @@ from pydicom.valuerep import VR, PersonName, format_number_as_ds
 
 from service.core.accepted import DAMAGE, SOP_CLASSES, TRANSFER_SYNTAXES
 from service.core.errors import Permanent, Reason
-from service.core.header import items, number, texts
+from service.core.header import administered_agents, items, number, texts
 
 _MAX_SIDE = 2048
 _MAX_FRAMES = 4096
@@ -278,9 +278,10 @@ def _scanning_sequence(header: Dataset) -> tuple[list[str], list[str]]:
 def _name_contrast_as_classic(header: Dataset) -> None:
     """Contrast/Bolus attributes of classic MR from the items of Enhanced MR, where they are not stated as such.
 
-    The volume is that of all agents together (PS3.3 C.7.6.4b); it stays unknown unless every item states its own.
+    The volume is that of all agents that were in the patient by then (PS3.3 C.7.6.4b); it stays unknown unless every
+    item states its own.
     """
-    agents = items(header, "ContrastBolusAgentSequence")
+    agents = administered_agents(header)
     if not agents:
         return
     if not texts(header, "ContrastBolusAgent"):
@@ -289,10 +290,9 @@ def _name_contrast_as_classic(header: Dataset) -> None:
     known = [volume for volume in volumes if volume is not None]
     if len(known) == len(agents) and number(header, "ContrastBolusVolume") is None:
         _set_ds(header, "ContrastBolusVolume", sum(known))
-    if len(agents) == 1:
-        _set_ds(
-            header, "ContrastBolusIngredientConcentration", number(agents[0], "ContrastBolusIngredientConcentration")
-        )
+    strengths = {number(agent, "ContrastBolusIngredientConcentration") for agent in agents}
+    if len(strengths) == 1:
+        _set_ds(header, "ContrastBolusIngredientConcentration", strengths.pop())
     starts = [clock for agent in agents for clock in _profile_texts(agent, "ContrastBolusStartTime")]
     if starts and not texts(header, "ContrastBolusStartTime"):
         header.ContrastBolusStartTime = min(starts)

@@ -7,12 +7,11 @@ Must never guess: series without a time are not told apart here, and other witne
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 
 from pydicom.dataset import Dataset
 
-from service.core.errors import Permanent, Reason
 from service.core.header import texts, time_of_day
 from worker.study import Series
 
@@ -41,20 +40,6 @@ def are_of_one_visit(one: Series, other: Series) -> bool:
     """Whether nothing in the headers speaks against it."""
     hours = hours_apart(one, other)
     return hours is None or timedelta(hours=hours) <= LONGEST_BREAK
-
-
-def refuse_mixture(couples: Sequence[tuple[Series, Series]]) -> list[tuple[Series, Series]]:
-    """The couples that are of one visit each.
-
-    Raises:
-        Permanent: SEVERAL_TIMEPOINTS, there is none left.
-    """
-    together = [couple for couple in couples if are_of_one_visit(*couple)]
-    if couples and not together:
-        one, other = couples[0]
-        apart = f"{one.label} and {other.label} were acquired {hours_apart(one, other):.1f} h apart"
-        raise Permanent(Reason.SEVERAL_TIMEPOINTS, apart)
-    return together
 
 
 def span_visits(series: Iterable[Series]) -> bool:

@@ -18,7 +18,8 @@ from models.quality import Verdict, judge_order, judge_pair
 from models.training.samples import Block
 from models.training.site import TripletError, make_block
 from service.core.errors import Permanent, Reason
-from worker.acquisition import STANDARD_DOSE_FRACTION, Acquisition, check_acquisition, read_acquisition
+from worker.acquisition import Acquisition, check_acquisition, read_acquisition
+from worker.contrast import STANDARD_DOSE_FRACTION
 from worker.pairing import Pair, choose_pair
 from worker.study import Series, Study, find_files, read_study
 

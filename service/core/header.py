@@ -106,6 +106,18 @@ def has_contrast(header: Dataset) -> bool:
     return is_entered and not _precedes_injection(header)
 
 
+def administered_agents(header: Dataset) -> list[Dataset]:
+    """Items of ContrastBolusAgentSequence, without those that Enhanced MR says were not yet in the patient."""
+    usages = items(header, "ContrastBolusUsageSequence")
+    absent = {
+        number(usage, "ContrastBolusAgentNumber")
+        for usage in usages
+        if _set_of(usage, "ContrastBolusAgentAdministered") == {"NO"}
+    }
+    agents = items(header, "ContrastBolusAgentSequence")
+    return [agent for agent in agents if number(agent, "ContrastBolusAgentNumber") not in absent - {None}]
+
+
 def _precedes_injection(header: Dataset) -> bool:
     started, acquired = (time_of_day(header, f"{event}Time") for event in ("ContrastBolusStart", "Acquisition"))
     return bool(started and acquired and acquired < started)
@@ -175,8 +187,13 @@ _OTHER_IMAGE_TYPES = frozenset(
 )
 
 
-def why_not_t1(header: Dataset) -> str:
-    """Why this is not an acquired T1 image, or an empty text when it looks like one."""
+def why_not_t1(header: Dataset, *, is_vouched_for: bool = False) -> str:
+    """Why this is not an acquired T1 image, or an empty text when it looks like one.
+
+    Args:
+        header: of one image.
+        is_vouched_for: somebody else knows that the sequence is T1; only its being acquired is judged.
+    """
     if "MR" not in _set_of(header, "Modality"):
         return "no MR images"
     if part := other_body_part(header):
@@ -184,6 +201,8 @@ def why_not_t1(header: Dataset) -> str:
     image_type = [text.upper() for text in texts(header, "ImageType")]
     if {"DERIVED", "SECONDARY"} & set(image_type[:2]) or set(image_type[2:]) & _OTHER_IMAGE_TYPES:
         return "derived, projected, phase or localizer images"
+    if is_vouched_for:
+        return ""
     described = set(words(" ".join(texts(header, "SeriesDescription") or texts(header, "ProtocolName"))))
     if described & _OTHER_KINDS or ("flair" in described and "t1" not in described):
         return "named as another kind of image"

@@ -50,6 +50,7 @@ class HeaderSummary:
     concatenation: tuple[str, int, int] | None = None  # its UID, which of its objects this is, how many there are
     looks_t1: bool = False  # and is acquired: neither derived nor a localizer
     has_contrast: bool = False
+    role: str = ""  # by the site's protocols: pre, low, ignore or unclear; added where the settings are known
     is_synthetic: bool = False  # made by lowgad or its like: see `service.core.header.is_synthetic`
 
     @classmethod
@@ -127,14 +128,20 @@ def find_pair(series: Mapping[str, Sequence[HeaderSummary]]) -> tuple[str, str] 
         (pre, low)
         for pre, pre_items in volumes.items()
         for low, low_items in volumes.items()
-        if not pre_items[0].has_contrast and low_items[0].has_contrast and _agree(pre_items, low_items)
+        if _may_be(pre_items[0], "pre") and _may_be(low_items[0], "low") and _agree(pre_items, low_items)
     ]
     return pairs[0] if len(pairs) == 1 else None
 
 
 def _is_t1_volume(items: Sequence[HeaderSummary]) -> bool:
-    kind = {(item.looks_t1, item.has_contrast, item.is_synthetic) for item in items}
-    return len(kind) == 1 and items[0].looks_t1 and not items[0].is_synthetic and not geometry_faults(items)
+    kind = {(item.looks_t1, item.has_contrast, item.role, item.is_synthetic) for item in items}
+    is_t1 = items[0].looks_t1 or items[0].role in {"pre", "low"}
+    return len(kind) == 1 and is_t1 and not items[0].is_synthetic and not geometry_faults(items)
+
+
+def _may_be(item: HeaderSummary, role: str) -> bool:
+    """By the site's protocols, or where they are silent by its contrast attributes."""
+    return item.role == role if item.role else item.has_contrast == (role == "low")
 
 
 def _agree(one: Sequence[HeaderSummary], other: Sequence[HeaderSummary]) -> bool:

@@ -9,18 +9,22 @@ be read anywhere else, and must never print a value, since a database URL holds 
 from __future__ import annotations
 
 import difflib
+import itertools
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from service.core.job import Kind
+from service.core.protocols import KEYWORDS, QUANTITIES, Protocol
 
 PREFIX = "LOWGAD_"
 EMBEDDED_BROKER = "embedded"
-SITE_FILE_ONLY = frozenset({"destinations", "commitment_requestors"})  # tables, which a variable cannot hold
+SITE_FILE_ONLY = frozenset({"destinations", "commitment_requestors", "protocols"})  # tables; no variable can hold them
 
 
 class SettingsError(ValueError):
@@ -150,6 +154,9 @@ class Settings(BaseModel):
     )
     destinations: tuple[Destination, ...] = Field(default=(), description="Known destinations (site file only)")
     default_destinations: Names = Field(default=(), description="Destinations of a job that names none")
+    protocols: tuple[Protocol, ...] = Field(
+        default=(), description="What series of the site's protocols are: role, agent, dose (site file only)"
+    )
 
     @model_validator(mode="after")
     def _destinations_are_known(self) -> Self:
@@ -179,6 +186,18 @@ class Settings(BaseModel):
                 raise ValueError(f"destination {destination.name} wants results that are not made: {names}")
         return self
 
+    @model_validator(mode="after")
+    def _protocols_agree(self) -> Self:
+        names = [protocol.name for protocol in self.protocols]
+        if len(set(names)) < len(names):
+            raise ValueError("two protocols share a name")
+        for one, other in itertools.combinations(self.protocols, 2):
+            alike = all(getattr(one, pattern) == getattr(other, pattern) for pattern in KEYWORDS)
+            values = [{getattr(one, key), getattr(other, key)} - {None} for key in QUANTITIES]
+            if alike and max(map(len, values)) > 1:
+                raise ValueError(f"protocols {one.name} and {other.name} have the same patterns and disagree")
+        return self
+
     @classmethod
     def load(cls, environ: Mapping[str, str], site_file: Path | None = None) -> Settings:
         """Read the environment and the site file.
@@ -188,11 +207,13 @@ class Settings(BaseModel):
         """
         values, named_file = _from_environ(environ, known=frozenset(cls.model_fields))
         path = site_file or named_file
-        site = _from_site_file(path, known=frozenset(cls.model_fields)) if path else {}
+        text = _read_site_file(path) if path else ""
+        site = _from_site_file(text, known=frozenset(cls.model_fields))
         try:
             return cls.model_validate(site | values)
         except ValidationError as error:
-            raise SettingsError("; ".join(_explain(item["loc"], item["msg"]) for item in error.errors())) from None
+            lines = [_explain(item, "" if {*item["loc"][:1]} & {*values} else text) for item in error.errors()]
+            raise SettingsError("; ".join(lines)) from None
 
     @property
     def ledger_url(self) -> str:
@@ -233,14 +254,21 @@ def _from_environ(environ: Mapping[str, str], known: frozenset[str]) -> tuple[di
     return values, site_file
 
 
-def _from_site_file(path: Path, known: frozenset[str]) -> dict[str, Any]:
+def _read_site_file(path: Path) -> str:
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"the site file cannot be read: {error}") from None
+
+
+def _from_site_file(text: str, known: frozenset[str]) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"the site file cannot be read: {error}") from None
     for name in values:
         if name not in known:
-            raise _unknown(name, list(known))
+            raise _unknown(name, list(known), _line(text, (name,)))
     return values
 
 
@@ -251,11 +279,43 @@ def _read_secret(variable: str, path: Path) -> str:
         raise SettingsError(f"the file that {variable} names cannot be read") from None
 
 
-def _unknown(name: str, known: list[str]) -> SettingsError:
+def _unknown(name: str, known: list[str], line: str = "") -> SettingsError:
     near = difflib.get_close_matches(name, known, n=1)
-    return SettingsError(f"unknown setting {name}" + (f"; did you mean {near[0]}?" if near else ""))
+    return SettingsError(f"{line}unknown setting {name}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
-def _explain(location: tuple[int | str, ...], message: str) -> str:
+_TABLES: dict[str, type[BaseModel]] = {
+    "destinations": Destination,
+    "commitment_requestors": CommitmentRequestor,
+    "protocols": Protocol,
+}
+
+
+def _explain(error: ErrorDetails, text: str) -> str:
+    """One error of validation, with line and key; never the value."""
+    location, message = error["loc"], error["msg"].removeprefix("Value error, ")
     where = ".".join(str(part) for part in location)
-    return f"{where}: {message}" if where else message
+    table = _TABLES.get(str(location[0])) if location else None
+    if error["type"] == "extra_forbidden" and table:
+        near = difflib.get_close_matches(str(location[-1]), table.model_fields, n=1)
+        message = "unknown key" + (f"; did you mean {near[0]}?" if near else "")
+    return f"{_line(text, location)}{where}: {message}" if where else message
+
+
+def _line(text: str, location: tuple[int | str, ...]) -> str:
+    """Where a key stands in the site file, as `line 7: `; its table where the key itself is missing; else nothing.
+
+    The TOML parser of the standard library keeps no lines, so they are looked for.
+    """
+    lines, start = text.splitlines(), 0
+    if len(location) > 1 and isinstance(location[1], int):
+        heads = [n for n, line in enumerate(lines) if re.match(rf"\s*\[\[\s*{location[0]}\s*\]\]", line)]
+        if location[1] >= len(heads):
+            return ""
+        start = heads[location[1]] + 1
+    for number, line in enumerate(lines[start:], start=start + 1):
+        if re.match(r"\s*\[", line):
+            break
+        if location and re.match(rf'\s*"?{re.escape(str(location[-1]))}"?\s*=', line):
+            return f"line {number}: "
+    return f"line {start}: " if start else ""

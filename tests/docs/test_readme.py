@@ -123,5 +123,12 @@ def test_the_names_of_unknown_values_in_the_settings_are_those_the_worker_checks
     assert set(get_args(module.Unknown)) == {"field_strength", "agent", "dose"}
 
 
+def test_the_agents_that_a_site_file_may_name_are_those_that_the_worker_knows() -> None:
+    from models.agents import BY_NAME
+    from service.core.protocols import AgentName
+
+    assert set(get_args(AgentName)) == set(BY_NAME)
+
+
 if __name__ == "__main__":
     README.write_text(written(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -115,8 +115,9 @@ def test_after_a_refusal_a_good_study_works_its_output_is_no_input_and_no_stale_
     # Beside its sources it is set aside, and the result is the same again.
     shutil.copytree(good_study, tmp_path / "sent_back" / "sources")
     assert run(tmp_path / "sent_back", out).exit_code == 0
-    set_aside = json.loads((out / "report.json").read_text())["series"]["set_aside"]
-    assert any(line.startswith("96 x synthetic image") for line in set_aside)
+    series = json.loads((out / "report.json").read_text())["series"]
+    assert any(line.startswith("96 x synthetic image") for line in series["set_aside"])
+    assert [line.split(",")[0] for line in series["witnesses"][-1:]] == ["images: series 2 is pre-contrast"]
     first, again = (pydicom.dcmread(folder / "0001.dcm") for folder in (tmp_path / "sent_back" / "sd", out / "sd"))
     assert (first.SOPInstanceUID, first.SeriesNumber) == (again.SOPInstanceUID, again.SeriesNumber)
 
@@ -127,6 +128,8 @@ def test_series_that_a_caller_named_the_wrong_way_round_need_review(tmp_path: Pa
     study = changed(good_study, tmp_path / "study", "pre", **headers)
     done = run(study, tmp_path / "out", "--pre-series", low, "--low-series", pre)
     assert_refused(done, tmp_path / "out", Reason.SERIES_SWAPPED)
+    detail = json.loads((tmp_path / "out" / "report.json").read_text())["detail"]
+    assert "both series were named; contrast attributes: silent; " in detail
 
 
 def test_a_field_strength_far_outside_the_training_needs_review(tmp_path: Path, good_study: Path) -> None:

@@ -217,7 +217,7 @@ VENDORS = [
     Row("Siemens Avanto, agent with volume as text and volume 0",
         {"agent": "4,2 ml Omniscan", "volume_ml": "0", "weight_kg": "70", "field_strength_t": "1.4939999580383",
          **_both(ImagingFrequency="63.6", ManufacturerModelName="Avanto")},
-        agent="gadodiamide", dose_mmol_per_kg=0.03, field_strength_t=1.494),
+        agent="gadodiamide", dose_mmol_per_kg=0.03, field_strength_t=1.5),
     Row("Siemens spin echo", {"sequence": "SE", **_words("t1_se_tra", "t1_se_tra_KM")}, sequence="SE"),
     Row("Siemens VIBE",
         {"sequence": "SPGR", **_words("t1_vibe_tra", "t1_vibe_tra_+c"), **_both(SequenceName="*fl3d1_ns")},

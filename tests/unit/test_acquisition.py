@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydicom.data import get_testdata_file
+from pydicom.dataset import Dataset
 
 from service.core.errors import Permanent, Reason
-from tests.factories import write_study
+from service.core.protocols import Protocol
+from tests.factories import as_enhanced, encode, make_pair, write_study
 from worker.acquisition import Acquisition, check_acquisition, read_acquisition
-from worker.pairing import choose_pair
+from worker.contrast import Known, read_agent, read_dose, read_volume
+from worker.pairing import Pair, choose_pair
 from worker.study import read_study
 
 
@@ -30,6 +36,8 @@ def acquired(folder: Path, **options: Any) -> Acquisition:
         (("Vueway", "2.0", None, "80"), 0.0125),
         (("Magnevist", "4.95", None, "75"), 0.033),
         (("Gadovist 1.0", "2,4", None, "80,0"), 0.030),  # decimal commas
+        (("Eovist", "8", "0.25", "80"), 0.025),
+        (("gadobutrol", "1.6", "78.625", "80"), 0.010),  # diluted to half
     ],
 )
 def test_the_dose_follows_from_volume_agent_and_weight(
@@ -54,6 +62,20 @@ def test_agent_and_volume_in_one_free_text_are_found_where_the_volume_tag_says_z
     ("spelling", "name"),
     [
         ("GADAVIST", "gadobutrol"),
+        ("Gadovist", "gadobutrol"),
+        ("Gadovist 1.0", "gadobutrol"),
+        ("gadobutrol", "gadobutrol"),
+        ("DOTAREM", "gadoterate"),
+        ("Artirem", "gadoterate"),
+        ("gadoterate", "gadoterate"),
+        ("gadoteridol", "gadoteridol"),
+        ("Vueway", "gadopiclenol"),
+        ("gadopiclenol", "gadopiclenol"),
+        ("MultiHance", "gadobenate"),
+        ("gadobenate", "gadobenate"),
+        ("Eovist", "gadoxetate"),
+        ("Magnevist", "gadopentetate"),
+        ("  omniscan ", "gadodiamide"),
         ("GADOVIST 7,5ML", "gadobutrol"),
         ("Clariscan", "gadoterate"),
         ("Gd-DOTA", "gadoterate"),
@@ -63,6 +85,14 @@ def test_agent_and_volume_in_one_free_text_are_found_where_the_volume_tag_says_z
         ("CE", None),
         ("YES", None),
         ("KM", None),
+        ("", None),
+        ("Y", None),
+        ("GD", None),
+        ("GADO", None),
+        ("IV", None),
+        ("CONTRAST", None),
+        ("0.1mmol/kg", None),
+        ("LD brain", None),
         ("8 ml", None),
         ("Gadovist/Dotarem", None),
     ],
@@ -71,6 +101,135 @@ def test_spellings_of_agents_are_recognised_and_non_answers_are_not(
     tmp_path: Path, spelling: str, name: str | None
 ) -> None:
     assert acquired(tmp_path, agent=spelling).agent.value == name
+
+
+def test_a_real_header_with_agent_and_volume_in_one_text_is_read(tmp_path: Path) -> None:
+    path = get_testdata_file("examples_overlay.dcm")
+    assert isinstance(path, str)
+    (series,) = read_study([Path(path)]).series
+    assert (series.header.ContrastBolusAgent, series.header.ContrastBolusVolume) == ("11 ml Omniscan", 0)
+    agent = read_agent(series)
+    assert (agent.value, read_volume(series).value) == ("gadodiamide", 11)
+    dose = read_dose(series, agent, Known(80.0, "told"))
+    assert dose.value == pytest.approx(11 * 0.5 / 80)
+    field = read_acquisition(Pair(series, series)).field_strength_t
+    assert field.value == 1.5
+    assert field.source == "tag (0018,0087), where 1.494 is written"
+
+
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [
+        (("407976008", "SCT", "x"), "gadobutrol"),
+        (("353946009", "SCT", "x"), "gadoteridol"),
+        (("792865009", "SCT", "x"), "gadobenate"),
+        (("440223009", "SCT", "x"), "gadoxetate"),
+        (("109216000", "SCT", "x"), "gadopentetate"),
+        (("354088005", "SCT", "x"), "gadodiamide"),
+        (("409477004", "SCT", "x"), "gadoversetamide"),
+        (("C-B0415", "SRT", "x"), "gadobutrol"),  # the older codes of the same agents
+        (("C-F06BC", "SRT", "x"), "gadoterate"),
+        (("1", "99SITE", "Elucirem"), "gadopiclenol"),  # no code of its own in the standard
+        (("7140000", "SCT", "Contrast agent"), None),
+        (("768763008", "SCT", "Gadolinium"), None),
+        (("1", "99SITE", "Iohexol"), None),
+        (("407976008", "SCT", "Dotarem"), None),  # code and meaning disagree
+    ],
+)
+def test_codes_of_agents_are_recognised(tmp_path: Path, code: tuple[str, str, str], name: str | None) -> None:
+    assert acquired(tmp_path, agent="CE", agent_code=code).agent.value == name
+
+
+def test_a_code_for_contrast_agents_in_general_leaves_it_to_the_text(tmp_path: Path) -> None:
+    found = acquired(tmp_path, agent="Gadovist", agent_code=("7140000", "SCT", "Contrast agent"))
+    assert (found.agent.value, found.agent.source) == ("gadobutrol", "text (0018,0010)")
+
+
+def enhanced(folder: Path, edit: Callable[[Dataset], None]) -> Acquisition:
+    """A pair in which the low-dose series is one Enhanced MR object, edited."""
+    pair = make_pair(rows=6, columns=6)
+    low = as_enhanced(pair.low)
+    edit(low)
+    for n, dataset in enumerate([*pair.pre, low]):
+        (folder / f"{n}.dcm").write_bytes(encode(dataset))
+    return read_acquisition(choose_pair(read_study(sorted(folder.glob("*.dcm")))))
+
+
+def phases(*volumes: str) -> list[Dataset]:
+    """An administration profile."""
+    found = []
+    for volume in volumes:
+        found.append(Dataset())
+        found[-1].ContrastBolusVolume = volume
+    return found
+
+
+def test_the_phases_of_an_injection_add_up_and_may_not_contradict_its_volume(tmp_path: Path) -> None:
+    def of_phases(multi: Dataset) -> None:
+        multi.ContrastBolusAgentSequence[0].ContrastBolusVolume = None
+        multi.ContrastBolusAgentSequence[0].ContrastAdministrationProfileSequence = phases("1.5", "0.5")
+
+    def contradicting(multi: Dataset) -> None:
+        multi.ContrastBolusAgentSequence[0].ContrastAdministrationProfileSequence = phases("4", "4")
+
+    (tmp_path / "sum").mkdir()
+    assert enhanced(tmp_path / "sum", of_phases).dose_mmol_per_kg.value == pytest.approx(0.025)
+    (tmp_path / "not").mkdir()
+    dose = enhanced(tmp_path / "not", contradicting).dose_mmol_per_kg
+    assert dose.value is None
+    assert "2 mL against 8 mL in the administration profile" in dose.source
+
+
+def test_an_agent_that_was_not_yet_given_does_not_count(tmp_path: Path) -> None:
+    def split(multi: Dataset) -> None:
+        second = copy.deepcopy(multi.ContrastBolusAgentSequence[0])
+        second.ContrastBolusAgentNumber, second.ContrastBolusVolume = 2, "6"
+        multi.ContrastBolusAgentSequence.append(second)
+        usage = copy.deepcopy(multi.SharedFunctionalGroupsSequence[0].ContrastBolusUsageSequence[0])
+        usage.ContrastBolusAgentNumber, usage.ContrastBolusAgentAdministered = 2, "NO"
+        multi.SharedFunctionalGroupsSequence[0].ContrastBolusUsageSequence.append(usage)
+
+    found = enhanced(tmp_path, split)
+    assert found.volume_ml.value == 2.0
+    assert found.dose_mmol_per_kg.value == pytest.approx(0.025)
+
+
+RULE = Protocol(name="ld", series_description="*KM", agent="gadobutrol", dose_mmol_per_kg=0.025)
+
+
+@pytest.mark.parametrize(
+    ("options", "dose", "source"),
+    [
+        ({"volume_ml": None}, 0.025, "site file (ld); no volume"),
+        ({"weight_kg": "0"}, 0.025, "site file (ld); tag (0010,1030) is implausible: 0"),
+        ({"agent": "LD brain", "volume_ml": "2"}, 0.025, "(0018,1041), assumes undiluted"),  # with the site's agent
+        ({"volume_ml": "2.2"}, 0.0275, "site file (ld) agrees"),
+        ({"volume_ml": "4"}, None, "0.0500 mmol/kg by tag (0018,1041)"),
+        ({"volume_ml": "80"}, None, "implausible"),  # never replaced
+        ({"volume_ml": "2", "total_dose_ml": "4"}, None, "disagree"),
+        ({"agent": "Dotarem", "volume_ml": None}, 0.025, "site file (ld)"),
+    ],
+)
+def test_a_protocol_fills_in_what_the_header_leaves_open_and_replaces_nothing(
+    tmp_path: Path, options: dict[str, Any], dose: float | None, source: str
+) -> None:
+    pair = choose_pair(read_study(write_study(tmp_path, rows=6, columns=6, **options)), protocols=[RULE])
+    found = read_acquisition(pair, [RULE])
+    assert found.dose_mmol_per_kg.value == (dose if dose is None else pytest.approx(dose))
+    assert source in found.dose_mmol_per_kg.source
+
+
+def test_an_agent_of_the_site_file_needs_a_header_that_names_no_other(tmp_path: Path) -> None:
+    named = choose_pair(read_study(write_study(tmp_path / "named", rows=6, columns=6, agent="Dotarem")))
+    agent = read_acquisition(named, [RULE]).agent
+    assert (agent.value, agent.source) == (None, "unknown: text (0018,0010) and site file (ld) disagree")
+    shorthand = choose_pair(read_study(write_study(tmp_path / "short", rows=6, columns=6, agent="LD brain")))
+    agent = read_acquisition(shorthand, [RULE]).agent
+    assert agent.value == "gadobutrol"
+    assert agent.source == "site file (ld); tag (0018,0010) names no known agent"
+    two = Protocol(name="other", station_name="*", agent="gadoterate")
+    agent = read_acquisition(shorthand, [RULE, two]).agent
+    assert agent.source == "unknown: site file: ld and other disagree"
 
 
 def test_a_code_names_the_agent_where_the_text_does_not(tmp_path: Path) -> None:
@@ -125,7 +284,7 @@ def test_a_dose_written_as_text_needs_no_weight(tmp_path: Path) -> None:
     ("written", "frequency", "value"),
     [
         ("3", "123.25", 3.0),
-        ("1.4939999580383", "63.6", 1.4939999580383),
+        ("1.4939999580383", "63.6", 1.5),
         ("1.5", None, 1.5),
         ("30000", "123.25", 3.0),  # gauss, confirmed
         ("15000", None, None),  # gauss, unconfirmed
@@ -136,7 +295,7 @@ def test_a_dose_written_as_text_needs_no_weight(tmp_path: Path) -> None:
         (None, "123.25", None),  # never derived where nothing is stated
     ],
 )
-def test_field_strength_is_kept_as_written_or_unknown(
+def test_field_strength_is_that_of_the_magnet_or_unknown(
     tmp_path: Path, written: str | None, frequency: str | None, value: float | None
 ) -> None:
     changes = {"ImagingFrequency": frequency}

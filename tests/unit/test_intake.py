@@ -11,6 +11,7 @@ from pydicom.dataset import Dataset
 from service.core.errors import Reason
 from service.core.job import Job, JobOptions, State
 from service.core.ledger import Added, Ledger
+from service.core.protocols import Protocol
 from service.core.queue import make_celery
 from service.core.settings import Destination, Settings
 from service.core.spool import Spool
@@ -156,6 +157,25 @@ def test_an_upload_that_looked_before_the_last_slice_came_does_not_cancel_the_jo
     told, created = site.ledger.create_job(STUDY, early, whole.options, "rest")  # as an upload that was a moment slower
     assert (told.id, created) == (whole.id, False)
     assert [job.state for job in site.ledger.jobs()] == [State.QUEUED]
+
+
+def test_the_site_file_tells_the_pair_apart_where_contrast_attributes_do_not(site: Site) -> None:
+    rules = [
+        Protocol(name="a", series_description="*_sag", role="pre"),
+        Protocol(name="b", station_name="*", agent="gadobutrol"),
+    ]
+    site.settings = site.settings.model_copy(update={"protocols": tuple(rules)})
+    site.intake = site.restarted()
+    entered = make_pair(rows=8, columns=8, pre_changes={"ContrastBolusAgent": "Gadovist"})
+    site.receive(objects(entered.all))
+    [job] = site.sweep_after(site.settings.settle_seconds)
+    assert len(site.ledger.inputs(job.id)) == len(entered.all)
+
+
+def test_without_a_site_file_agents_entered_for_the_whole_examination_wait_for_the_quiet_time(site: Site) -> None:
+    site.receive(objects(make_pair(rows=8, columns=8, pre_changes={"ContrastBolusAgent": "Gadovist"}).all))
+    assert site.sweep_after(site.settings.settle_seconds) == []
+    assert len(site.sweep_after(site.settings.quiet_seconds)) == 1
 
 
 def test_our_own_results_coming_back_from_the_archive_start_nothing(site: Site) -> None:

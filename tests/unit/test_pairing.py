@@ -11,6 +11,7 @@ import pytest
 from pydicom.dataset import Dataset
 
 from service.core.errors import Permanent, Reason
+from service.core.protocols import Protocol
 from tests.factories import SyntheticPair, as_enhanced, encode, make_pair, uid
 from worker.pairing import Pair, choose_pair
 from worker.study import Study, read_study
@@ -39,10 +40,19 @@ def chosen(folder: Path, *series: Sequence[Dataset]) -> tuple[str, str]:
     return pair.pre.label, pair.low.label
 
 
-def refused(study: Study, **named: str) -> Permanent:
+NO_TIMES = {f"{event}Time": None for event in ("Acquisition", "Series", "Content")}
+
+
+def refused(study: Study, **named: Any) -> Permanent:
     with pytest.raises(Permanent) as error:
         choose_pair(study, **named)
     return error.value
+
+
+RULES = (
+    Protocol(name="before", series_description="*_a", role="pre"),
+    Protocol(name="after", series_description="*_b", role="low"),
+)
 
 
 def healthy(**options: Any) -> SyntheticPair:
@@ -108,6 +118,98 @@ def test_witnesses_that_disagree_or_are_alone_leave_it_to_a_person(tmp_path: Pat
     assert "time of acquisition" in error.detail
 
 
+@pytest.mark.parametrize(
+    "witness",
+    ["contrast attributes", "computed dose", "time of acquisition", "words of the description", "site file"],
+)
+def test_every_witness_is_heard_whether_the_pair_is_found_or_not(tmp_path: Path, witness: str) -> None:
+    pair = healthy()
+    study = study_of(tmp_path, pair.pre, pair.low)
+    assert sum(line.startswith(f"{witness}: ") for line in choose_pair(study).witnesses) == 1
+    (tmp_path / "late").mkdir()
+    late = healthy(pre_changes={"AcquisitionTime": "110000"})
+    error = refused(study_of(tmp_path / "late", late.pre, late.low))
+    assert error.detail.startswith("series 4 as pre-contrast with series 9 as low dose: ")
+    assert error.detail.count(f"{witness}: ") == 1
+    assert "time of acquisition: series 9 is pre-contrast" in error.detail
+
+
+def test_the_dose_counts_with_the_attributes_it_is_computed_from(tmp_path: Path) -> None:
+    pair = healthy(pre_description="T1", low_description="T1", pre_changes=NO_TIMES, low_changes=NO_TIMES)
+    error = refused(study_of(tmp_path, pair.pre, pair.low))
+    assert error.reason is Reason.AMBIGUOUS_SERIES
+    assert "computed dose: series 4 has none, series 9 has 0.0250 mmol/kg" in error.detail
+
+
+def test_two_different_doses_are_of_two_series_with_contrast_and_neither_is_the_pre_contrast(tmp_path: Path) -> None:
+    entered = {"ContrastBolusAgent": "Gadovist", "ContrastBolusVolume": "1.0"}
+    pair = healthy(pre_changes=entered)
+    error = refused(study_of(tmp_path, pair.pre, pair.low))
+    assert error.reason is Reason.AMBIGUOUS_SERIES
+    assert "0.0125 mmol/kg, series 9 has 0.0250 mmol/kg: neither is pre-contrast" in error.detail
+
+
+def test_of_a_low_and_a_standard_dose_the_low_dose_is_the_partner(tmp_path: Path) -> None:
+    pair = healthy()
+    later = {"AcquisitionTime": "103000", "SeriesNumber": "12"}
+    full = another(pair.low, "full", ContrastBolusVolume="8.0", **later)
+    found = choose_pair(study_of(tmp_path, full, pair.low, pair.pre))
+    assert (found.pre.label, found.low.label) == ("series 4", "series 9")
+    assert "series 12: acquired at about the standard dose, 0.100 mmol/kg" in found.set_aside
+
+
+def test_a_dose_split_into_injections_below_the_standard_is_left_to_a_person_and_says_so(tmp_path: Path) -> None:
+    pair = healthy()
+    more = another(pair.low, "more", ContrastBolusVolume="4.0", AcquisitionTime="103000", SeriesNumber="12")
+    error = refused(study_of(tmp_path, pair.pre, pair.low, more))
+    assert error.reason is Reason.AMBIGUOUS_SERIES
+    assert (
+        "2 series follow series 4, by their headers with series 9 0.0250 mmol/kg, series 12 0.0500 mmol/kg: "
+        "a dose in several injections cannot be told from repeated images, name the pair" in error.detail
+    )
+
+
+def test_roles_of_the_site_file_are_a_witness_like_the_others(tmp_path: Path) -> None:
+    entered = {"ContrastBolusAgent": "Gadovist"}  # for the whole examination: attributes and dose are silent
+    pair = healthy(pre_description="x_a", low_description="x_b", pre_changes=entered)
+    study = study_of(tmp_path, pair.pre, pair.low)
+    assert refused(study).reason is Reason.AMBIGUOUS_SERIES
+    found = choose_pair(study, protocols=RULES)
+    assert "site file: series 4 is pre by before, series 9 is low by after" in found.witnesses
+    (tmp_path / "swapped").mkdir()
+    swapped = healthy(pre_description="x_b", low_description="x_a")
+    error = refused(study_of(tmp_path / "swapped", swapped.pre, swapped.low), protocols=RULES)
+    assert error.reason is Reason.AMBIGUOUS_SERIES
+    assert "site file: series 4 is low by after, series 9 is pre by before" in error.detail
+
+
+def test_the_site_file_ignores_series_and_vouches_for_unusual_timing(tmp_path: Path) -> None:
+    slow = {"RepetitionTime": "9000"}
+    pair = healthy(
+        sequence="SE",
+        pre_description="x_a",
+        low_description="x_b",
+        pre_changes=slow,
+        low_changes=slow,
+        agent="Gadovist",
+    )
+    again = another(pair.low, "again", SeriesNumber="12", SeriesDescription="x_c")
+    study = study_of(tmp_path, pair.pre, pair.low, again)
+    assert refused(study).reason is Reason.ONE_SERIES_ONLY
+    ignored = Protocol(name="repeats", series_description="x_c", role="ignore")
+    found = choose_pair(study, protocols=(*RULES, ignored))
+    assert (found.pre.label, found.low.label) == ("series 4", "series 9")
+    assert "series 12: ignored by the site file (repeats)" in found.set_aside
+
+
+def test_rules_of_the_site_file_that_disagree_leave_it_to_a_person(tmp_path: Path) -> None:
+    pair = healthy(pre_description="x_a", low_description="x_b")
+    other = Protocol(name="station", station_name="*", series_description="x_a", role="low")
+    error = refused(study_of(tmp_path, pair.pre, pair.low), protocols=(*RULES, other))
+    assert error.reason is Reason.AMBIGUOUS_SERIES
+    assert "site file: before and station disagree about series 4" in error.detail
+
+
 def test_two_candidates_for_one_role_leave_it_to_a_person(tmp_path: Path) -> None:
     pair = healthy()
     full = another(pair.low, "full", AcquisitionTime="103000", SeriesNumber="12")
@@ -121,6 +223,7 @@ def test_named_series_outrank_the_witnesses(tmp_path: Path) -> None:
     full = another(pair.low, "full", AcquisitionTime="103000", SeriesNumber="12")
     study = study_of(tmp_path, pair.pre, pair.low, full)
     found: Pair = choose_pair(study, pre_series_uid=uid(0, "pre"), low_series_uid=uid("full"))
+    assert found.witnesses[0] == "both series were named"
     assert (found.pre.label, found.low.label) == ("series 4", "series 12")
     assert any("series 9" in line for line in found.set_aside)
     assert choose_pair(study, low_series_uid=uid(0, "low")).pre.label == "series 4"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -164,6 +165,23 @@ def test_one_rule_says_what_is_no_t1_image_and_why(changes: dict[str, Any], why:
     assert why in why_not_t1(header)
     assert bool(why) == bool(why_not_t1(header))
     assert HeaderSummary.of(header).looks_t1 == (not why)
+
+
+@pytest.mark.parametrize(
+    ("roles", "pair"),
+    [
+        (("", ""), None),
+        (("pre", "low"), ("pre", "low")),
+        (("pre", ""), ("pre", "low")),
+        (("ignore", "low"), None),
+        (("unclear", "low"), None),
+    ],
+)
+def test_roles_of_the_site_outrank_contrast_attributes(roles: tuple[str, str], pair: tuple[str, str] | None) -> None:
+    both = make_pair(pre_changes={"ContrastBolusAgent": "Gadovist"})  # entered for the whole examination
+    pre = [replace(item, role=roles[0]) for item in summaries(both.pre)]
+    low = [replace(item, role=roles[1]) for item in summaries(both.low)]
+    assert find_pair({"pre": pre, "low": low}) == pair
 
 
 def test_series_of_different_lengths_are_no_pair() -> None:
