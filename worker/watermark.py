@@ -6,6 +6,8 @@ was added: where there is no room, there is no watermark.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
@@ -13,12 +15,17 @@ from scipy import ndimage
 
 from models.volume import Mask, Volume
 
-NOTE = "The words SYNTHETIC - NOT ACQUIRED are burned in outside the head."
+NOTE = "SYNTHETIC, and NOT ACQUIRED where there is room, is burned in outside the head."
 HEAD_LEVEL = 0.1  # of the brightest tissue; air stays below, even as noise, once it is averaged
-MARGIN_MM = 8.0  # kept clear around the head
+MARGIN_MM = 5.0  # kept clear around the head
 EDGE_PIXELS = 2  # kept clear at the border of the image
 PIXELS_PER_SCALE = 384  # one more size of letters for so many pixels of the longer side
-_LAYOUTS = (("SYNTHETIC - NOT ACQUIRED",), ("SYNTHETIC", "NOT ACQUIRED"), ("SYNTHETIC", "NOT", "ACQUIRED"))
+_LAYOUTS = (
+    ("SYNTHETIC - NOT ACQUIRED",),
+    ("SYNTHETIC", "NOT ACQUIRED"),
+    ("SYNTHETIC", "NOT", "ACQUIRED"),
+    ("SYNTHETIC",),
+)
 
 Plane = npt.NDArray[np.bool_]  # (row, column)
 
@@ -54,10 +61,10 @@ def place(occupied: Mask) -> Mask:
 
 
 def _place_in_plane(occupied: Plane) -> Plane | None:
-    """The largest letters that fit, nearest to a corner; None where nothing fits."""
+    """The largest letters that fit, upright before turned, nearest to a corner; None where nothing fits."""
     for scale in range(1 + max(occupied.shape) // PIXELS_PER_SCALE, 0, -1):
-        for lines in _LAYOUTS:
-            letters = _letters(lines, scale)
+        for lines, turns in itertools.product(_LAYOUTS, (0, 1)):
+            letters = np.rot90(_letters(lines, scale), turns)
             corner = _room(occupied, letters.shape)
             if corner is not None:
                 text = np.zeros(occupied.shape, bool)

@@ -37,7 +37,7 @@ from models.agents import AGENTS
 from models.runtime import LinearEngine
 from service.core.accepted import TRANSFER_SYNTAXES
 from service.core.errors import Permanent, Reason
-from service.core.job import JobOptions
+from service.core.job import JobOptions, Kind
 from tests.factories import (
     SyntheticPair,
     as_concatenation,
@@ -52,9 +52,11 @@ from tests.factories import (
 )
 from tests.numeric.phantoms import head
 from worker.acquisition import Acquisition, check_acquisition, read_acquisition
-from worker.derived import DerivationContext, Kind, derive
+from worker.derived import derive
 from worker.pairing import Pair, choose_pair
 from worker.pipeline import Result, run
+from worker.provenance import DerivationContext
+from worker.results import Outputs
 from worker.study import read_study
 
 ONE_SERIES = {"SeriesInstanceUID": uid(0, "pre"), "SeriesNumber": "4", "SeriesTime": "100500"}
@@ -444,7 +446,10 @@ def keeps_its_text(pair: Pair) -> None:
     """Name and character set of both results are, byte by byte, those of the image that the signal was added to."""
     context = DerivationContext(
         model_id="matrix",
+        model_version="0",
         model_sha256="00" * 32,
+        card_sha256=None,
+        notice="research use",
         config_hash="00" * 32,
         agent=None,
         administered_dose_mmol_per_kg=None,
@@ -489,7 +494,7 @@ def signal_of(study: _EndToEnd, folder: Path) -> tuple[np.ndarray, Result]:
         volumes = [np.transpose(voxels[::-1, :, ::-1], (2, 0, 1)) for voxels in volumes]
     asked = {"volumes": tuple(volumes), "spacing_mm": (2.0, 2.0, 2.0), "volume_ml": "2.667"}  # a third of 0.1 mmol/kg
     paths = written(Row(study.name, study.flavour | asked, study.form, study.syntax), folder)
-    result = run(paths, JobOptions(), LinearEngine(), lambda *_: None)
+    result = run(paths, JobOptions(), LinearEngine(), lambda *_: None, outputs=Outputs(watermark=False))
     pre = read_study(paths).series[0]
     stored = np.stack([plane.stored for plane in pre.planes])
     added = np.stack([image.pixel_array for image in result.series["sd"]]) - stored.astype(float)

@@ -322,7 +322,7 @@ def test_the_watermark_stands_outside_the_head_and_the_image_keeps_the_digest_wi
             assert (image.pixel_array >= without.pixel_array).all()
             assert not differs[head_of(findings)].any()
             assert "SYNTHETIC" in image.DerivationDescription
-            assert "SYNTHETIC - NOT" not in without.DerivationDescription
+            assert "burned in" not in without.DerivationDescription
             digests = [one.private_block(0x4C47, "LOWGAD SYNTHCE 1")[0x07].value for one in (without, image)]
             assert digests[0] == digests[1]
             assert image.BurnedInAnnotation == "NO"

@@ -38,6 +38,17 @@ def test_where_slices_have_no_place_in_common_each_has_its_own() -> None:
     assert not (text & occupied).any()
 
 
+def test_a_narrow_image_gets_turned_or_fewer_words() -> None:
+    occupied = np.zeros((1, 180, 120), bool)
+    occupied[0, 12:-12, 14:-14] = True
+    rows, columns = np.nonzero(place(occupied)[0])
+    assert np.ptp(rows) > 100
+    assert np.ptp(columns) < 10
+    occupied[0, :90] = occupied[0, 150:] = True
+    rows, _ = np.nonzero(place(occupied)[0])
+    assert 40 < np.ptp(rows) < 60
+
+
 def test_without_room_there_is_no_watermark() -> None:
     assert not place(np.ones((3, 256, 256), bool)).any()
     assert not place(np.zeros((3, 6, 40), bool)).any()
