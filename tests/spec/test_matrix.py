@@ -141,6 +141,7 @@ FORMS: Mapping[str, Callable[[SyntheticPair], list[Dataset]]] = {
     "dynamic beside": lambda pair: _beside(pair, "dynamic", 6, RepetitionTime="5.1", InversionTime="", FlipAngle="25"),
     "second low dose": lambda pair: _beside(pair, "again"),
     "reformat beside": lambda pair: _beside(pair, "mpr", ImageType=["DERIVED", "SECONDARY", "MPR"]),
+    "phase beside magnitude": lambda pair: [*pair.all, *_phase(pair.pre), *_phase(pair.low)],
     "pre alone": lambda pair: pair.pre,
     "gap": lambda pair: _edited(pair, lambda pre, low: pre.pop(5)),
     "short": lambda pair: _edited(pair, lambda pre, low: low.pop()),
@@ -167,6 +168,16 @@ def _stacks_with_usage(pair: SyntheticPair) -> Dataset:
         usage.ContrastBolusAgentAdministered = "YES" if frame.FrameContentSequence[0].StackID == "1" else "NO"
         frame.ContrastBolusUsageSequence = [usage]
     return multi
+
+
+def _phase(datasets: list[Dataset]) -> list[Dataset]:
+    """Phase images of the same slices, in the series of the magnitude."""
+    copies = copy.deepcopy(datasets)
+    for k, dataset in enumerate(copies):
+        dataset.SOPInstanceUID = uid(dataset.SeriesInstanceUID, "phase", k)
+        dataset.ImageType = ["ORIGINAL", "PRIMARY", "P", "ND"]
+        dataset.PixelData = bytes(len(dataset.PixelData))
+    return copies
 
 
 def _in_colour(dataset: Dataset) -> Dataset:
@@ -290,6 +301,7 @@ GEOMETRY = [
         {"low_changes": ONE_SERIES, **_words("T1", "T1")}, form="two stacks that say which has contrast"),
     Row("a localizer beside", form="localizer beside"),
     Row("a dynamic series beside", form="dynamic beside"),
+    Row("magnitude and phase in each series", form="phase beside magnitude"),
     Row("a reformat beside", form="reformat beside"),
     Row("inner slice missing", form="gap", reason=Reason.MISSING_SLICES),
     Row("last slice missing", form="short", reason=Reason.MISSING_SLICES),
