@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from pynetdicom import AE, build_role, evt
@@ -58,7 +58,7 @@ class Commitment:
         settings: whom we ask, who may ask us.
         ledger: requests and transactions.
         spool: the bytes that are committed to.
-        clock: gives the present moment, timezone-aware.
+        clock: gives the present moment, timezone-aware; unset: the ledger's.
     """
 
     def __init__(
@@ -66,9 +66,9 @@ class Commitment:
         settings: Settings,
         ledger: Ledger,
         spool: Spool,
-        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        clock: Callable[[], datetime] | None = None,
     ) -> None:
-        self._settings, self._ledger, self._spool, self._clock = settings, ledger, spool, clock
+        self._settings, self._ledger, self._spool, self._clock = settings, ledger, spool, clock or ledger.now
 
     def negotiate(self, entity: AE) -> None:
         """Let the listener's application entity accept it, where it is switched on.

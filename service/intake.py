@@ -12,7 +12,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 from celery import Celery
 from sqlalchemy.exc import SQLAlchemyError
@@ -41,7 +41,7 @@ class Intake:
         ledger: what has arrived.
         spool: where the bytes go.
         queue: made by `service.core.queue.make_celery`.
-        clock: gives the present moment, timezone-aware.
+        clock: gives the present moment, timezone-aware; unset: the ledger's.
     """
 
     def __init__(
@@ -50,9 +50,10 @@ class Intake:
         ledger: Ledger,
         spool: Spool,
         queue: Celery,
-        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        clock: Callable[[], datetime] | None = None,
     ) -> None:
-        self._settings, self._ledger, self._spool, self._queue, self._clock = settings, ledger, spool, queue, clock
+        self._settings, self._ledger, self._spool, self._queue = settings, ledger, spool, queue
+        self._clock = clock or ledger.now
         self._seen_unready: dict[str, int] = {}  # study -> number of its instances when it was last looked at
         self._tidied_at: datetime | None = None
 

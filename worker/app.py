@@ -9,6 +9,7 @@ RUNNING, and never write a result that is no longer wanted.
 from __future__ import annotations
 
 import errno
+import faulthandler
 import os
 import random
 import socket
@@ -18,7 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,7 +51,6 @@ from worker.pipeline import Progress, write_result
 
 BEATS_PER_LEASE = 4
 REPORT_EVERY_SECONDS = 0.5  # progress goes to the ledger no more often than this
-LONGEST_SECONDS = 3600.0  # after that a computation or delivery has hung: its lease is let go
 PROCESS_RETRY_MAX_SECONDS = 600.0
 STATUS_OF_VERDICT = {
     Verdict.SENT: DeliveryStatus.SENT,
@@ -139,8 +139,7 @@ class Lease:
             self._lost.set()
 
     def _beat(self) -> None:
-        let_go_at = time.monotonic() + LONGEST_SECONDS
-        while not self._ended.wait(self._seconds / BEATS_PER_LEASE) and time.monotonic() < let_go_at:
+        while not self._ended.wait(self._seconds / BEATS_PER_LEASE):
             self._try_to_extend()
 
     def _try_to_extend(self, stage: Stage | None = None, fraction: float | None = None) -> None:
@@ -160,8 +159,8 @@ class Worker:
     queue: Celery
     run: Run
     load_engine: Callable[[str], Engine]
+    clock: Callable[[], datetime]  # the ledger's
     name: str = field(default_factory=lambda: f"worker:{socket.gethostname()}:{os.getpid()}")
-    clock: Callable[[], datetime] = lambda: datetime.now(UTC)
     rng: random.Random = field(default_factory=random.Random)
     _engines: dict[str, Engine] = field(default_factory=dict)
 
@@ -433,15 +432,33 @@ def make_app(settings: Settings, run: Run, load_engine: Callable[[str], Engine])
     def worker() -> Worker:
         if not workers:
             spool = Spool(settings.spool_dir, settings.disk_low_bytes)
-            workers.append(Worker(settings, Ledger.open(settings.ledger_url), spool, app, run, load_engine))
+            ledger = Ledger.open(settings.ledger_url)
+            workers.append(Worker(settings, ledger, spool, app, run, load_engine, ledger.now))
         return workers[0]
 
     @app.task(name=PROCESS)  # type: ignore[untyped-decorator]  # celery has no types
     def process(job_id: str) -> None:
-        worker().process(job_id)
+        with ended_when_hung(settings.task_limit_seconds):
+            worker().process(job_id)
 
     @app.task(name=DELIVER)  # type: ignore[untyped-decorator]  # celery has no types
     def deliver(job_id: str) -> None:
-        worker().deliver(job_id)
+        with ended_when_hung(settings.task_limit_seconds):
+            worker().deliver(job_id)
 
     return app
+
+
+@contextmanager
+def ended_when_hung(seconds: float) -> Iterator[None]:
+    """End this process, with a trace of all its threads on standard error, if the block takes longer than that.
+
+    The lease runs out then, and another attempt starts in a new process. Celery's own limits need a pool of processes,
+    which would load the engine twice and double the memory; and what hangs may hold the interpreter's lock, so that no
+    thread of ours would wake up. This timer needs no lock.
+    """
+    faulthandler.dump_traceback_later(seconds, exit=True, file=2)  # Celery replaces sys.stderr
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()

@@ -45,6 +45,8 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.pool import NullPool
 
 from service.core import schema
 from service.core.commitment import Reference, Request
@@ -52,6 +54,7 @@ from service.core.errors import Reason
 from service.core.job import TRANSITIONS, Job, JobOptions, Stage, State
 
 MIGRATION_LOCK = 0x10_36AD  # any constant: serialises migrations of several processes on PostgreSQL
+CLOCK_SECONDS = 60  # two quartz clocks drift apart by milliseconds in that time
 BUSY_SECONDS = 30  # how long a writer waits for the others on SQLite
 LEASED = (State.RUNNING, State.DELIVERING, State.DELIVERED)
 MAY_BE_DUE = (State.QUEUED, State.DELIVERING, State.DELIVERED)
@@ -227,15 +230,19 @@ class Ledger:
         self._clock = clock
 
     @classmethod
-    def open(cls, url: str, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> Ledger:
+    def open(cls, url: str, clock: Callable[[], datetime] | None = None) -> Ledger:
         """Connect and bring the tables up to date; several processes may do so at the same time.
+
+        Args:
+            url: of SQLAlchemy.
+            clock: for tests. Unset: the database's, so that machines whose own clocks disagree still agree on leases.
 
         Raises:
             sqlalchemy.exc.OperationalError: the database cannot be reached.
         """
         engine = _engine(make_url(url))
         _migrate(engine)
-        return cls(engine, clock)
+        return cls(engine, clock or _clock_of(engine.url))
 
     def close(self) -> None:
         """Give back the connections."""
@@ -246,6 +253,10 @@ class Ledger:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def now(self) -> datetime:
+        """The present moment, by the clock that all moments in the ledger are compared with."""
+        return self._clock()
 
     def ping(self) -> None:
         """Ask the database for one row.
@@ -955,6 +966,32 @@ def _engine(url: URL) -> Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return engine
+
+
+class _ServerClock:
+    """The clock of a PostgreSQL server. It is asked once a minute, and followed by our own monotonic clock between."""
+
+    def __init__(self, url: URL) -> None:
+        self._engine = create_engine(url, poolclass=NullPool)  # never waits for a connection that its caller holds
+        self._known = self._ask()
+
+    def __call__(self) -> datetime:
+        if time.monotonic() - self._known[1] > CLOCK_SECONDS:
+            with contextlib.suppress(OperationalError):  # while it is away, nothing can be written anyway
+                self._known = self._ask()
+        moment, asked_at = self._known
+        return moment + timedelta(seconds=time.monotonic() - asked_at)
+
+    def _ask(self) -> tuple[datetime, float]:
+        with self._engine.connect() as connection:
+            before = time.monotonic()
+            moment: datetime = connection.execute(text("SELECT clock_timestamp()")).scalar_one()
+            return moment.astimezone(UTC), (before + time.monotonic()) / 2
+
+
+def _clock_of(url: URL) -> Callable[[], datetime]:
+    """SQLite has no server: whoever writes to its file is on the same machine."""
+    return _ServerClock(url) if url.get_backend_name() == "postgresql" else lambda: datetime.now(UTC)
 
 
 def _use_write_ahead_log(path: Path) -> None:

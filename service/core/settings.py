@@ -136,6 +136,9 @@ class Settings(BaseModel):
     requeue_seconds: float = Field(default=120.0, gt=0, description="Age at which a job's message counts as lost")
     lease_seconds: float = Field(default=120.0, gt=0, description="A worker silent for longer has lost its job")
     max_attempts: int = Field(default=3, ge=1, description="Starts of one job before it fails")
+    task_limit_seconds: float = Field(
+        default=3600.0, gt=0, description="A computation or delivery that takes longer has hung: its process is ended"
+    )
     retry_seconds: float = Field(default=10.0, gt=0, description="First pause before a job is tried again")
     disk_low_bytes: int = Field(default=2 << 30, ge=0, description="Free disk below which nothing is accepted")
     retention_days: float = Field(default=14.0, gt=0, description="Days after which finished studies are deleted")

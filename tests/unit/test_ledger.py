@@ -13,7 +13,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import create_engine, event
+from sqlalchemy import create_engine, event, text
 from sqlalchemy.pool import Pool
 
 from service.core import schema
@@ -419,6 +419,24 @@ def test_a_postponed_delivery_is_due_at_its_moment_and_not_before(ledger: Ledger
     assert ledger.due(0) == []
     clock.advance(30)
     assert [found.id for found in ledger.due(0)] == [job.id]
+
+
+def test_leases_are_kept_by_the_clock_of_the_server(postgres_url: str) -> None:
+    """The server is made to be an hour ahead of us, as when one of several machines has the wrong time."""
+    engine = create_engine(postgres_url, isolation_level="AUTOCOMMIT")
+    ahead = "$$ SELECT pg_catalog.clock_timestamp() + interval '1 hour' $$"
+    with engine.connect() as connection:
+        connection.execute(text("CREATE SCHEMA ahead"))
+        connection.execute(text(f"CREATE FUNCTION ahead.clock_timestamp() RETURNS timestamptz LANGUAGE sql AS {ahead}"))
+        connection.execute(text(f"ALTER DATABASE {engine.url.database} SET search_path = public, ahead, pg_catalog"))
+    engine.dispose()
+    with Ledger.open(postgres_url) as ledger:
+        assert timedelta(minutes=59) < ledger.now() - datetime.now(UTC) < timedelta(minutes=61)
+        job = a_job(ledger)
+        assert ledger.claim(job.id, "worker", 60) is not None
+        assert ledger.expired() == []
+    with Ledger.open(postgres_url, lambda: datetime.now(UTC) + timedelta(hours=1, seconds=61)) as later:
+        assert [found.id for found in later.expired()] == [job.id]
 
 
 # --- the sweep --------------------------------------------------------------------------------------------------------

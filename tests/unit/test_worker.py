@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -327,6 +329,14 @@ def test_the_heartbeat_keeps_a_long_stage_alive(tmp_path: Path, clock: Clock) ->
     assert site.job(job_id).state is State.COMPUTED
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("lease-")]
     site.ledger.close()
+
+
+def test_a_computation_that_hangs_inside_a_library_ends_its_process_with_a_trace() -> None:
+    hang = "import ctypes; from worker.app import ended_when_hung\n"
+    hang += "with ended_when_hung(0.5): ctypes.PyDLL(None).sleep(60)"  # holds the interpreter's lock
+    done = subprocess.run([sys.executable, "-c", hang], capture_output=True, text=True, check=False, timeout=50)
+    assert done.returncode == 1
+    assert "most recent call first" in done.stderr
 
 
 # --- deliver ----------------------------------------------------------------------------------------------------------
