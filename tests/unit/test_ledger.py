@@ -11,7 +11,7 @@ from typing import TypeVar
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.pool import Pool
@@ -499,6 +499,7 @@ def test_a_study_that_wakes_up_while_it_is_being_forgotten_stays(
     assert len(ledger.inputs(job.id)) == 1
 
 
+@settings(deadline=None)  # opening a ledger takes as long as it takes
 @given(st.datetimes(timezones=st.timezones()))
 def test_moments_come_back_in_utc_whatever_zone_they_came_in(moment: datetime) -> None:
     with Ledger.open("sqlite://") as ledger:
