@@ -9,15 +9,17 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from celery import Celery
-from fastapi import APIRouter, FastAPI, HTTPException, Query, Request, Response
+from fastapi import APIRouter, Body, FastAPI, HTTPException, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.models import Example
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy.exc import SQLAlchemyError
@@ -90,14 +92,24 @@ UPLOAD_BODY: dict[str, Any] = {
 }
 
 
-class UploadForm(BaseModel):
-    """The form fields beside the files."""
+NAMED_EXAMPLE: dict[str, Example] = {
+    "named": {"value": {"pre_series_uid": "1.2.840.99.4", "low_series_uid": "1.2.840.99.9"}}
+}
+
+
+class NamedSeries(BaseModel):
+    """The two series, where the caller knows better than headers say."""
 
     model_config = ConfigDict(extra="forbid")
 
+    pre_series_uid: str | None = Field(default=None, pattern=r"^[0-9.]{1,64}$", description="Series Instance UID")
+    low_series_uid: str | None = Field(default=None, pattern=r"^[0-9.]{1,64}$", description="Series Instance UID")
+
+
+class UploadForm(NamedSeries):
+    """The form fields beside the files."""
+
     engine: Literal["network", "linear"] | None = None
-    pre_series_uid: str | None = Field(default=None, pattern=r"^[0-9.]{1,64}$")
-    low_series_uid: str | None = Field(default=None, pattern=r"^[0-9.]{1,64}$")
 
 
 class JobOut(BaseModel):
@@ -247,7 +259,7 @@ def create_app(settings: Settings, ledger: Ledger, spool: Spool, queue: Celery) 
     intake = Intake(settings, ledger, spool, queue)
     app.include_router(_studies(settings, ledger, spool, intake), prefix=PREFIX, tags=["studies"])
     app.include_router(_jobs(ledger, spool), prefix=PREFIX, tags=["jobs"])
-    app.include_router(_actions(ledger, queue), prefix=PREFIX, tags=["jobs"])
+    app.include_router(_actions(ledger, queue, intake), prefix=PREFIX, tags=["jobs"])
     app.include_router(_health(ledger, spool, queue), tags=["health"])
     app.include_router(views.make_router(ledger, spool, queue))
     app.mount("/static", views.static_files())
@@ -361,11 +373,22 @@ def _jobs(ledger: Ledger, spool: Spool) -> APIRouter:
     return router
 
 
-def _actions(ledger: Ledger, queue: Celery) -> APIRouter:
+def _actions(ledger: Ledger, queue: Celery, intake: Intake) -> APIRouter:
     router = APIRouter(prefix="/jobs", responses=problems.documented(404, 409))
 
-    @router.post("/{job_id}/rerun", status_code=202, summary="Compute again from the same input")
-    def rerun(request: Request, job_id: str) -> JobOut:
+    @router.post(
+        "/{job_id}/rerun",
+        status_code=202,
+        summary="Compute again from the same input; with series named, a job of its own over what arrived of the study",
+    )
+    def rerun(
+        request: Request, job_id: str, named: Annotated[NamedSeries | None, Body(openapi_examples=NAMED_EXAMPLE)] = None
+    ) -> JobOut:
+        if named and (named.pre_series_uid or named.low_series_uid):
+            if (job := ledger.job(job_id)) is None:
+                raise UnknownJobError
+            options = replace(job.options, pre_series_uid=named.pre_series_uid, low_series_uid=named.low_series_uid)
+            return JobOut.of(intake.start(job.study_uid, options, uploads.SOURCE)[0])
         return JobOut.of(act(ledger, queue, job_id, Action.RERUN, _actor(request)))
 
     @router.post("/{job_id}/resend", status_code=202, summary="Send the result again; after a failure, what is missing")

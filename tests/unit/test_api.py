@@ -389,6 +389,19 @@ def test_a_delivered_job_can_be_sent_again(api: Api) -> None:
     assert [row.status for row in api.ledger.deliveries(job_id)] == [DeliveryStatus.PENDING]
 
 
+def test_a_job_is_run_again_with_the_series_that_a_person_names(api: Api) -> None:
+    first = api.upload(*FILES).json()
+    named = {"pre_series_uid": uid(0, "pre"), "low_series_uid": uid(0, "low")}
+    answer = api.client.post(f"/api/v1/jobs/{first['id']}/rerun", json=named)
+    again = answer.json()
+    assert answer.status_code == 202
+    assert again["id"] != first["id"]
+    assert {key: again[key] for key in named} == named
+    assert (again["study_uid"], again["destinations"]) == (first["study_uid"], first["destinations"])
+    assert api.client.post("/api/v1/jobs/nowhere/rerun", json=named).status_code == 404
+    assert api.client.post(f"/api/v1/jobs/{first['id']}/rerun", json={"pre_series_uid": "../x"}).status_code == 422
+
+
 @pytest.mark.parametrize("action", ["rerun", "resend"])
 def test_an_action_that_the_state_does_not_allow_is_a_conflict(api: Api, action: str) -> None:
     answer = api.client.post(f"/api/v1/jobs/{api.job_id()}/{action}")
