@@ -34,6 +34,7 @@ REPORT = {
     },
     "quality": [
         {"name": "pair_correlation", "value": 0.91, "verdict": "pass", "text": "correlation of the pair"},
+        {"name": "residual_motion", "value": 0.3, "unit": "mm", "verdict": "pass", "reason": "what was undone"},
         {"name": "noise", "value": 0.2, "verdict": "warn", "text": "noise of the subtraction"},
     ],
     "series": {"witnesses": ["the agent stands in series 9"], "set_aside": ["series 1: localizer"]},
@@ -226,13 +227,14 @@ def test_the_report_says_what_is_known_from_where_and_gives_no_number_for_what_i
     assert numbers["Dose"] == (0.025, "mmol/kg")
     assert numbers["Simulated dose"] == (0.1, "mmol/kg")
     assert numbers["Pair correlation"] == (0.91, "1")
+    assert numbers["Residual motion"] == (0.3, "mm")
     assert "Body weight" not in numbers
     voxels = int((findings_of(paired(tmp_path)).signal > 0.1).sum())
     assert numbers["Volume"][0] == pytest.approx(voxels * 1.2e-3, abs=1e-3)
     texts = " | ".join(item.TextValue for item in items if item.ValueType == "TEXT")
     for said in (
         "tag (0018,0087)", "gadobutrol (free text)", "unknown: missing", "not a medical device", "ab" * 32, "ef" * 32,
-        "the agent stands in series 9", "series 1: localizer", "this dose was not injected",
+        "the agent stands in series 9", "series 1: localizer", "what was undone", "this dose was not injected",
     ):  # fmt: skip
         assert said in texts
     verdicts = [item.ConceptCodeSequence[0].CodeValue for item in items if item.ValueType == "CODE"]
