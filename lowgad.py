@@ -426,7 +426,9 @@ def _outcome(out: Path) -> Iterator[None]:
     except LowgadError as error:
         reason = error.reason
         report: dict[str, Any] = {"outcome": reason.outcome.name, "reason": reason.name, "text": reason.text}
-        (out / "report.json").write_text(json.dumps(report | {"detail": error.detail}, indent=1), encoding="utf-8")
+        (out / "report.json").write_text(
+            json.dumps(report | {"detail": error.detail} | error.report, indent=1), encoding="utf-8"
+        )
         click.echo(f"lowgad: {reason.outcome.name} {reason.name}: {reason.text} {error.detail}".rstrip(), err=True)
         sys.exit(reason.outcome.value)
     except OSError as error:

@@ -19,6 +19,7 @@ import SimpleITK as sitk
 from scipy import ndimage
 
 from models.brain import find_brain
+from models.pose import Pose
 from models.volume import Array, Mask, Volume
 
 SEED = 20240306
@@ -53,6 +54,7 @@ class Prepared:
 
     pre: Volume
     brain: Mask
+    pose: Pose  # of the atlas in the pre-contrast head
     support: Array  # 0..1: where signal may be predicted
     comparison: Comparison
     scale: float  # native units of the pre-contrast image per unit
@@ -97,7 +99,8 @@ def prepare(pre: Volume, low: Volume, *, progress: Progress = lambda _: None) ->
         NoBrainError: no brain was found in the pre-contrast volume.
         RegistrationError: the two volumes could not be aligned.
     """
-    brain = find_brain(pre).mask
+    found = find_brain(pre)
+    brain = found.mask
     progress(0.3)
     pre_to_low = register(pre, low, brain)
     progress(0.7)
@@ -116,6 +119,7 @@ def prepare(pre: Volume, low: Volume, *, progress: Progress = lambda _: None) ->
     return Prepared(
         pre=unit_pre,
         brain=work_brain,
+        pose=found.pose,
         support=_support(work_brain, grid.spacing_mm),
         comparison=comparison,
         scale=scale,

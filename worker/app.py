@@ -375,7 +375,7 @@ class Worker:
         except Retryable as error:
             self._again(job, state, error)
         except Permanent as error:
-            self._end(job, state, error.reason, error.detail)
+            self._end(job, state, error.reason, error.detail, error.report)
         except (OperationalError, InterfaceError) as error:  # while it is away this fails, too, and the lease runs out
             LOG.failure("the database did not answer", error, job_id=job.id, attempt=job.attempt)
             self._again(job, state, Retryable(Reason.ATTEMPTS_EXHAUSTED, "the database did not answer"))
@@ -407,9 +407,9 @@ class Worker:
         else:
             self._move(job, state, State.QUEUED, reason=error.reason, detail=detail, due_at=due_at)
 
-    def _end(self, job: Job, state: State, reason: Reason, detail: str) -> None:
+    def _end(self, job: Job, state: State, reason: Reason, detail: str, report: dict[str, Any] | None = None) -> None:
         LOG.warning("ended without result", job_id=job.id, attempt=job.attempt, reason=reason.name)
-        self._move(job, state, STATE_OF_OUTCOME[reason.outcome], reason=reason, detail=detail)
+        self._move(job, state, STATE_OF_OUTCOME[reason.outcome], reason=reason, detail=detail, report=report or None)
 
     def _unexpected(self, job: Job, state: State, reason: Reason, error: BaseException) -> None:
         LOG.failure("unexpected error", error, job_id=job.id, attempt=job.attempt, reason=reason.name)

@@ -3,7 +3,7 @@
 Hides how scanners and technologists say so: contrast attributes and doses (PS3.3 C.7.6.4 and C.7.6.4b), times, words in
 several languages, and the site's own protocols. Must never guess: two witnesses that know it from different sources
 have to agree and none may say the contrary, or a person decides (ADR 9). The images themselves are asked last, by
-`models.quality.judge_order`, when they lie upon each other.
+`models.quality.judge_pair`, when they lie upon each other.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from models.agents import BY_NAME
 from models.brain import NoBrainError
 from models.condition import CONTRACT_VERSION, Conditions
 from models.preprocess import Prepared, RegistrationError, prepare
-from models.quality import Figure, Verdict, judge_conditions, judge_order, judge_pair, judge_signal
+from models.quality import Figure, Gate, judge_conditions, judge_pair, judge_signal, refused
 from models.runtime import Engine, OutputError, UnknownDoseError, at_dose
 from models.volume import Array
 from service.core.errors import Permanent, Reason
@@ -40,10 +40,11 @@ DEFAULT_OUTPUTS = Outputs()
 
 @dataclass(frozen=True)
 class Result:
-    """Derived instances by kind, the report, and for pictures the prepared pair and the signal on its grid."""
+    """Derived instances by kind, the report, its quality figures, and the prepared pair and the signal on its grid."""
 
     series: dict[str, list[Dataset]]
     report: dict[str, Any]
+    figures: tuple[Figure, ...]
     prepared: Prepared
     signal: Array
 
@@ -84,19 +85,20 @@ def run(
     clock.enter(Stage.PREPROCESS, 0.15)
     prepared = _prepare(pair, lambda part: progress(Stage.PREPROCESS, 0.15 + 0.35 * part))
     conditions = acquisition.conditions(prepared)
-    figures = _judge(prepared, conditions, pair.witnesses)
+    figures = (*judge_pair(prepared), *judge_conditions(conditions))
+    refuse(figures, pair.witnesses)
     clock.enter(Stage.INFER, 0.5)
     signal = _predict(engine, prepared, conditions, lambda part: progress(Stage.INFER, 0.5 + 0.3 * part))
     signal = at_dose(signal, prepared, conditions, outputs.dose_factor)
-    figures += judge_signal(signal, prepared)
-    _refuse(figures, Reason.OUTPUT_INVALID)
+    figures += judge_signal(signal, prepared, conditions)
+    refuse(figures)
     clock.enter(Stage.COMPOSE, 0.8)
     report = _report(pair, acquisition, prepared, figures, engine=engine, options=options)
     context = _context(engine, acquisition, conditions, outputs, numbers=study.series_numbers, now=now())
     series = compose(Findings(pair, prepared, signal, report, context), outputs)
     clock.enter(Stage.WRITE, 0.9)
     report |= {"results": {kind: _listed(found) for kind, found in series.items()}, "seconds": clock.seconds()}
-    return Result(series, report, prepared, signal)
+    return Result(series, report, figures, prepared, signal)
 
 
 def write_result(
@@ -186,24 +188,30 @@ def _listed(instances: Sequence[Dataset]) -> dict[str, Any]:
     }
 
 
-def _judge(prepared: Prepared, conditions: Conditions, witnesses: Sequence[str]) -> list[Figure]:
-    """The figures before inference, unless one of them refuses the study."""
-    checks = (
-        (judge_pair(prepared), Reason.PAIR_NOT_COMPARABLE),
-        (judge_order(prepared), Reason.SERIES_SWAPPED),
-        (judge_conditions(conditions), Reason.OUTSIDE_TRAINING),
-    )
-    for figures, reason in checks:
-        _refuse(figures, reason, witnesses if reason is Reason.SERIES_SWAPPED else ())
-    return [figure for figures, _ in checks for figure in figures]
+GATES = {
+    Gate.PAIR: Reason.PAIR_NOT_COMPARABLE,
+    Gate.ORDER: Reason.SERIES_SWAPPED,
+    Gate.CONDITIONS: Reason.OUTSIDE_TRAINING,
+    Gate.OUTPUT: Reason.OUTPUT_INVALID,
+}
 
 
-def _refuse(figures: Sequence[Figure], reason: Reason, witnesses: Sequence[str] = ()) -> None:
-    bad = [
-        f"{figure.name} is {figure.value:g} ({figure.text})" for figure in figures if figure.verdict is Verdict.REFUSE
-    ]
-    if bad:
-        raise Permanent(reason, "; ".join([*bad, *witnesses]))
+def refuse(figures: Sequence[Figure], witnesses: Sequence[str] = ()) -> None:
+    """Stop where a figure refuses; who said which series is which is told where that is in question.
+
+    Raises:
+        Permanent: with the reason of the first gate that is shut, and all figures as its report.
+    """
+    shut = refused(figures)
+    if shut:
+        gate, said = shut
+        detail = "; ".join([said, *(witnesses if gate is Gate.ORDER else ())])
+        raise Permanent(GATES[gate], detail, report={"quality": quality_rows(figures)})
+
+
+def quality_rows(figures: Sequence[Figure]) -> list[dict[str, Any]]:
+    """The figures in plain values: name, value, unit, verdict, reason."""
+    return [asdict(figure) | {"verdict": figure.verdict.value} for figure in figures]
 
 
 def _predict(engine: Engine, prepared: Prepared, conditions: Conditions, progress: Callable[[float], None]) -> Array:
@@ -252,5 +260,5 @@ def _report(
             "rotation_rad_and_shift_mm": [float(p) for p in prepared.pre_to_low.GetParameters()],
             "working_spacing_mm": list(prepared.pre.spacing_mm),
         },
-        "quality": [asdict(figure) | {"verdict": figure.verdict.value} for figure in figures],
+        "quality": quality_rows(figures),
     }

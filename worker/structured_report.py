@@ -119,13 +119,12 @@ def _known(name: str, known: Mapping[str, Any]) -> Dataset:
 
 
 def _figure(figure: Mapping[str, Any]) -> Dataset:
-    """A quality figure; a row states its unit and reason, or has them in its name and text."""
     verdict = str(figure["verdict"])
     coded = CodeContentItem(
         _VERDICT, Code(verdict.upper(), CODING_SCHEME, verdict), RelationshipTypeValues.HAS_PROPERTIES
     )
-    meaning = _text(_LIMIT, str(figure.get("reason") or figure["text"]))
-    unit = Code(figure["unit"], "UCUM", figure["unit"]) if figure.get("unit", "1") != "1" else _unit(figure["name"])
+    meaning = _text(_LIMIT, str(figure["reason"]))
+    unit = _NO_UNIT if figure["unit"] == "1" else Code(figure["unit"], "UCUM", figure["unit"])
     return _number(_name(figure["name"]), figure["value"], unit, [coded, meaning])
 
 

@@ -14,13 +14,14 @@ from pathlib import Path
 from models.agents import BY_NAME
 from models.brain import NoBrainError
 from models.preprocess import Prepared, RegistrationError, prepare
-from models.quality import Verdict, judge_order, judge_pair
+from models.quality import judge_pair, refused
 from models.training.samples import Block
 from models.training.site import TripletError, make_block
 from service.core.errors import Permanent, Reason
 from worker.acquisition import Acquisition, check_acquisition, read_acquisition
 from worker.contrast import STANDARD_DOSE_FRACTION
 from worker.pairing import Pair, choose_pair
+from worker.pipeline import GATES
 from worker.study import Series, Study, find_files, read_study
 
 ROLES = ("pre", "low", "standard")
@@ -119,11 +120,7 @@ def _prepared(pair: Pair, role: str) -> Prepared:
         prepared = prepare(pair.pre.volume(), pair.low.volume())
     except (NoBrainError, RegistrationError) as error:
         raise Permanent(Reason.REGISTRATION_FAILED, f"{role}: {error}") from error
-    for figures, reason in (
-        (judge_pair(prepared), Reason.PAIR_NOT_COMPARABLE),
-        (judge_order(prepared), Reason.SERIES_SWAPPED),
-    ):
-        bad = [f"{one.name} is {one.value:g} ({one.text})" for one in figures if one.verdict is Verdict.REFUSE]
-        if bad:
-            raise Permanent(reason, f"{role}: " + "; ".join(bad))
+    shut = refused(judge_pair(prepared))
+    if shut:
+        raise Permanent(GATES[shut[0]], f"{role}: {shut[1]}")
     return prepared

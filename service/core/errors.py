@@ -7,7 +7,9 @@ numbers, not values that identify somebody.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
+from typing import Any
 
 
 class Outcome(Enum):
@@ -141,12 +143,16 @@ class Reason(Enum):
 
 
 class LowgadError(Exception):
-    """An error with a named reason. `detail` is for the operator and holds no patient data."""
+    """An error with a named reason.
 
-    def __init__(self, reason: Reason, detail: str = "") -> None:
+    `detail` is for the operator, `report` what was measured until then (plain values); neither holds patient data.
+    """
+
+    def __init__(self, reason: Reason, detail: str = "", report: Mapping[str, Any] | None = None) -> None:
         super().__init__(f"{reason.name}: {detail or reason.text}")
         self.reason = reason
         self.detail = detail
+        self.report = dict(report or {})
 
 
 class Permanent(LowgadError):  # noqa: N818  a kind of outcome, read as an adjective at the call site

@@ -157,7 +157,8 @@ def _quality(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     """(check, value, verdict, what it means)."""
     for figure in report.get("quality", []):
         name, value, verdict = figure.get("name", ""), figure.get("value"), figure.get("verdict", "")
-        yield _words(name), _plain(value), str(verdict), str(figure.get("text", ""))
+        unit = str(figure.get("unit", "1")).removeprefix("1")
+        yield _words(name), f"{_plain(value)} {unit}".rstrip(), str(verdict), str(figure.get("reason", ""))
 
 
 def _results(report: Mapping[str, Any]) -> Iterator[tuple[str, str, int, str]]:

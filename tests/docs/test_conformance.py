@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
+from models import quality
 from service import listener
 from service.core.accepted import SOP_CLASSES, TRANSFER_SYNTAXES
 from service.core.job import Kind
@@ -68,6 +69,7 @@ def written(text: str) -> str:
         "answers": answers(),
         "derived-attributes": render_table(),
         "object-attributes": render_table(OBJECT_TABLE[len(PATIENT_AND_STUDY) :]),
+        "quality-limits": quality.render_table(),
     }
     for name, content in blocks.items():
         text = replaced(text, name, content)
@@ -77,7 +79,7 @@ def written(text: str) -> str:
 def test_the_tables_of_the_conformance_statement_are_those_of_the_code() -> None:
     text = CONFORMANCE.read_text(encoding="utf-8")
     assert text == written(text)
-    assert text.count(": begin") == 6
+    assert text.count(": begin") == 7
 
 
 def test_every_status_that_the_listener_answers_is_in_the_statement() -> None:

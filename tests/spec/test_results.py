@@ -15,13 +15,17 @@ import SimpleITK as sitk
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 
+from models.pose import Pose
 from models.preprocess import Comparison, Prepared
+from models.quality import LIMITS
+from service.core.errors import Permanent, Reason
 from service.core.header import is_synthetic
 from service.core.job import Kind
 from tests.factories import as_enhanced, encode, make_pair, write_study
 from tests.spec.test_derived import CONTEXT, errors_of, inconsistencies, needs_dicom3tools, paired, saved
 from worker.derived import MR_SERIES
 from worker.pairing import Pair, choose_pair
+from worker.pipeline import refuse
 from worker.results import STORED_AS, Findings, Outputs, compose
 from worker.study import read_study
 
@@ -33,9 +37,9 @@ REPORT = {
         "weight_kg": {"value": None, "source": "unknown: missing"},
     },
     "quality": [
-        {"name": "pair_correlation", "value": 0.91, "verdict": "pass", "text": "correlation of the pair"},
+        {"name": "pair_correlation", "value": 0.91, "unit": "1", "verdict": "pass", "reason": "likeness of the pair"},
         {"name": "residual_motion", "value": 0.3, "unit": "mm", "verdict": "pass", "reason": "what was undone"},
-        {"name": "noise", "value": 0.2, "verdict": "warn", "text": "noise of the subtraction"},
+        {"name": "noise", "value": 0.2, "unit": "1", "verdict": "warn", "reason": "noise of the subtraction"},
     ],
     "series": {"witnesses": ["the agent stands in series 9"], "set_aside": ["series 1: localizer"]},
 }
@@ -55,6 +59,7 @@ def findings_of(pair: Pair, signal: np.ndarray | None = None, **changes: Any) ->
     prepared = Prepared(
         pre=volume.with_voxels(volume.voxels / 500),
         brain=ones > 0,
+        pose=Pose(np.zeros(3), np.zeros(3), np.ones(3), misfit=0.2, correlation=0.9, structure=0.6),
         support=ones,
         comparison=comparison,
         scale=500.0,
@@ -342,3 +347,13 @@ def test_an_image_without_room_for_the_watermark_says_so(tmp_path: Path) -> None
     plain = compose(findings, Outputs(watermark=False))["sd"][0]
     assert np.array_equal(image.pixel_array, plain.pixel_array)
     assert "No room for the watermark in 8 of 8 images" in image.DerivationDescription
+
+
+def test_a_study_that_the_gate_stops_keeps_every_figure_in_its_report() -> None:
+    figures = (LIMITS["noise"].judge("noise", 0.02), LIMITS["pair_correlation"].judge("pair_correlation", 0.6))
+    with pytest.raises(Permanent) as stopped:
+        refuse(figures)
+    assert stopped.value.reason is Reason.PAIR_NOT_COMPARABLE
+    assert "pair_correlation is 0.6 (" in stopped.value.detail
+    rows = [(row["name"], row["value"], row["unit"], row["verdict"]) for row in stopped.value.report["quality"]]
+    assert rows == [("noise", 0.02, "1", "pass"), ("pair_correlation", 0.6, "1", "refuse")]

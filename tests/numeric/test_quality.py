@@ -1,0 +1,180 @@
+"""The quality gate: like pairs pass, unlike ones are refused, and every figure has a limit with its origin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from models.condition import Conditions
+from models.preprocess import Prepared, prepare
+from models.quality import LIMITS, Figure, Gate, Verdict, judge_conditions, judge_pair, judge_signal, refused
+from models.runtime import LinearEngine
+from models.training.phantom import make_phantom
+from models.training.physics import Sequence
+from models.volume import Array, Volume
+from tests.numeric.phantoms import as_volume, head
+
+TRUTH = Path(__file__).parents[3] / "shared" / "data" / "tcga-du-7294-truth.npz"
+SPIN_ECHO = Sequence("SE", 0.55, 0.010)
+CONDITIONS = Conditions(3.0, "gadobutrol", 0.033, "MPRAGE", 0.03, (2.0, 2.0, 2.0))
+
+
+@lru_cache(maxsize=2)
+def like(*, stripped: bool) -> Prepared:
+    phantom = head(stripped=stripped)
+    return prepare(as_volume(phantom.pre), as_volume(phantom.low))
+
+
+def real_pair() -> tuple[Array, Array]:
+    """A real skull-stripped head in 2 mm voxels, white matter = 1, before contrast and at a third of the dose."""
+    if not TRUTH.exists():
+        pytest.skip(f"{TRUTH} is not here")
+    with np.load(TRUTH) as data:
+        pre, enhancement = (block_means(data[name]) / float(data["wm"]) for name in ("pre", "ce"))
+    rng = np.random.default_rng(0)
+    noisy = [np.abs(image + rng.normal(0, 0.02, image.shape)) for image in (pre, pre + 0.35 * enhancement)]
+    return noisy[0].astype(np.float32), noisy[1].astype(np.float32)
+
+
+def block_means(voxels: Array) -> Array:
+    """Means of 2 x 2 x 2 voxels."""
+    k, j, i = (n // 2 for n in voxels.shape)
+    return voxels[: 2 * k, : 2 * j, : 2 * i].reshape(k, 2, j, 2, i, 2).mean(axis=(1, 3, 5)).astype(np.float32)
+
+
+def verdicts(figures: tuple[Figure, ...]) -> dict[str, Verdict]:
+    return {figure.name: figure.verdict for figure in figures}
+
+
+@pytest.mark.parametrize("stripped", [True, False], ids=["skull-stripped", "full head"])
+def test_a_pair_of_like_sequences_passes_every_limit(stripped: bool) -> None:
+    assert set(verdicts(judge_pair(like(stripped=stripped))).values()) == {Verdict.PASS}
+
+
+def inverted(low: Array, brain: Array) -> Array:
+    """Grey and white matter change places, as in a T2-weighted image."""
+    return np.where(brain, np.maximum(1.5 - low, 0), 0).astype(np.float32)
+
+
+def test_a_pair_of_a_gradient_echo_and_a_spin_echo_is_refused() -> None:
+    phantom = head(stripped=False, seed=8)
+    scenario = replace(phantom.scenario, sequence=SPIN_ECHO)
+    other = make_phantom(8, shape=(96, 120, 100), scenario=scenario, whole=True)  # the same head
+    shut = refused(judge_pair(prepare(as_volume(phantom.pre), as_volume(other.low))))
+    assert shut is not None
+    assert shut[0] is Gate.PAIR
+    assert "residual_contrast is" in shut[1]
+
+
+def test_a_pair_with_inverted_contrast_is_refused() -> None:
+    phantom = head(stripped=True)
+    shut = refused(judge_pair(prepare(as_volume(phantom.pre), as_volume(inverted(phantom.low, phantom.brain)))))
+    assert shut is not None
+    assert "pair_correlation is" in shut[1]
+
+
+def test_a_pair_whose_series_changed_places_is_refused_and_the_right_order_passes() -> None:
+    phantom = head(stripped=False)
+    swapped = judge_pair(prepare(as_volume(phantom.low), as_volume(phantom.pre)))
+    assert verdicts(judge_pair(like(stripped=False)))["darkening"] is Verdict.PASS
+    shut = refused(swapped)
+    assert shut is not None
+    assert shut[0] is Gate.ORDER
+
+
+@pytest.mark.parametrize(
+    "unlike",
+    [
+        lambda low: 1.5 * np.clip(1.5 - low, 0.05, 1.4),
+        lambda low: np.interp(low, [0, 0.3, 0.6, 0.8, 1.0, 1.3], [0.1, 0.3, 1.1, 0.95, 0.75, 1.2]),
+        lambda low: low**1.6,
+    ],
+    ids=["T2-like", "FLAIR-like", "steeper T1"],
+)
+def test_a_real_head_with_another_contrast_after_injection_is_refused(unlike: Callable[[Array], Array]) -> None:
+    pre, low = real_pair()
+    brain = ndimage.gaussian_filter(pre, 1) > 0.1
+    shut = refused(judge_pair(prepare(as_volume(pre), as_volume(np.where(brain, unlike(low), low)))))
+    assert shut is not None
+    assert shut[0] is Gate.PAIR
+
+
+def test_a_real_head_with_the_same_contrast_after_injection_passes() -> None:
+    pre, low = real_pair()
+    assert refused(judge_pair(prepare(as_volume(pre), as_volume(low)))) is None
+
+
+def test_a_low_dose_image_that_ends_in_the_brain_is_refused() -> None:
+    prepared = like(stripped=True)
+    low = prepared.native_low
+    half = Volume(low.voxels[:40], low.affine)
+    assert verdicts(judge_pair(replace(prepared, native_low=half)))["brain_in_low"] is Verdict.REFUSE
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [({"motion_mm": 1.0}, "residual_motion"), ({"sigma": 0.4}, "noise")],
+)
+def test_what_makes_a_pair_unfit_is_refused_by_its_own_figure(change: dict[str, float], name: str) -> None:
+    prepared = like(stripped=True)
+    changed = replace(prepared, comparison=replace(prepared.comparison, **change))
+    assert [figure.name for figure in judge_pair(changed) if figure.verdict is Verdict.REFUSE] == [name]
+
+
+def test_a_gain_that_differs_between_the_sides_of_the_brain_is_refused() -> None:
+    prepared = like(stripped=True)
+    field = np.full(prepared.brain.shape, 0.88, np.float32)
+    field[:, :, : field.shape[2] // 2] = 1.12
+    changed = replace(prepared, comparison=replace(prepared.comparison, gain_field=field))
+    assert [figure.name for figure in judge_pair(changed) if figure.verdict is Verdict.REFUSE] == ["gain_field_sd"]
+
+
+@pytest.mark.parametrize(("fraction", "verdict"), [(0.33, Verdict.PASS), (0.04, Verdict.WARN), (0.02, Verdict.REFUSE)])
+def test_a_dose_far_below_what_was_trained_is_refused(fraction: float, verdict: Verdict) -> None:
+    assert verdicts(judge_conditions(replace(CONDITIONS, dose_mmol_per_kg=fraction * 0.1)))["dose_fraction"] is verdict
+
+
+def test_a_condition_that_is_unknown_has_no_figure() -> None:
+    assert "field_strength" not in verdicts(judge_conditions(replace(CONDITIONS, field_strength_t=None)))
+
+
+def test_a_signal_of_the_linear_engine_passes() -> None:
+    prepared = like(stripped=True)
+    signal = LinearEngine().predict(prepared, CONDITIONS)
+    assert set(verdicts(judge_signal(signal, prepared, CONDITIONS)).values()) == {Verdict.PASS}
+
+
+@pytest.mark.parametrize(
+    ("value", "place", "name"),
+    [(np.nan, 40, "not_finite"), (-0.1, 40, "not_finite"), (0.3, 0, "outside_support"), (50.0, 40, "bound_use")],
+)
+def test_a_signal_that_cannot_be_is_refused_whichever_engine_made_it(value: float, place: int, name: str) -> None:
+    prepared = like(stripped=True)
+    signal = np.zeros_like(prepared.pre.voxels)
+    signal[place, place, place] = value
+    figures = judge_signal(signal, prepared, CONDITIONS)
+    shut = refused(figures)
+    assert shut is not None
+    assert shut[0] is Gate.OUTPUT
+    assert verdicts(figures)[name] is Verdict.REFUSE
+
+
+def test_every_figure_has_a_unit_a_verdict_and_a_reason_and_every_limit_is_measured() -> None:
+    prepared = like(stripped=True)
+    signal = np.zeros_like(prepared.pre.voxels)
+    rows = (*judge_pair(prepared), *judge_conditions(CONDITIONS), *judge_signal(signal, prepared, CONDITIONS))
+    assert [row.name for row in rows] == list(LIMITS)
+    assert all(row.unit and row.reason and isinstance(row.value, float) for row in rows)
+
+
+def test_every_limit_says_what_it_means_and_where_it_comes_from_and_warns_before_it_refuses() -> None:
+    for limit in LIMITS.values():
+        assert limit.meaning
+        assert limit.origin
+        assert limit.works[0] <= limit.passes[0] <= limit.passes[1] <= limit.works[1]
