@@ -1,6 +1,6 @@
 """The conditioning vector: what the network is told about an acquisition, and that something is unknown.
 
-Hides order and scaling of the numbers (contract version 1). Every quantity that a header may lack has a known bit: 1
+Hides order and scaling of the numbers (contract version 2). Every quantity that a header may lack has a known bit: 1
 and the value, or 0 and 0. Must never fill in a default: unknown is passed on as unknown.
 """
 
@@ -14,13 +14,14 @@ import numpy.typing as npt
 
 from models.agents import BY_NAME
 
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2
 SEQUENCES = ("SPGR", "MPRAGE", "SE")
 NAMES = (
     "field", "field_known",
     "log_dose_fraction", "dose_known",
     "log_effective_dose", "relaxivity", "agent_known",
     "log_sigma",
+    "log_noise_left_1", "log_noise_left_2", "log_noise_left_3",
     "log_spacing_i", "log_spacing_j", "log_spacing_k",
     *(f"sequence_{name.lower()}" for name in SEQUENCES),
 )  # fmt: skip
@@ -43,7 +44,8 @@ class Conditions:
     agent: str | None  # generic name, a key of models.agents.BY_NAME
     dose_mmol_per_kg: float | None
     sequence: str | None  # one of SEQUENCES
-    sigma: float  # noise of the subtraction, white matter = 1 (measured, so never unknown)
+    sigma: float  # noise of the subtraction, white matter = 1 (measured, so never unknown; so is the next)
+    noise_left: tuple[float, float, float]  # share of it that each smoothing leaves (models.preprocess.Comparison)
     spacing_mm: tuple[float, float, float]  # of the working grid along i, j, k
 
     @property
@@ -76,6 +78,7 @@ def vector(conditions: Conditions) -> npt.NDArray[np.float32]:
             0.0 if r1 is None or effective is None else r1 / 10,
             float(effective is not None),
             math.log(conditions.sigma / 0.03),
+            *(math.log(share) for share in conditions.noise_left),
             *(math.log(s) for s in conditions.spacing_mm),
             *(float(conditions.sequence == name) for name in SEQUENCES),
         ],

@@ -3,8 +3,8 @@
 The one implementation for training and inference. Hides the working grid (the pre-contrast grid cropped to the brain,
 its axes never finer than 0.7 mm), the rigid registration, the radiometric registration (one gain and a smooth gain
 field), the residual motion and the noise estimate. Follows section 2 of the paper's method (arXiv 2403.03539) with four
-changes: the gain is trimmed symmetrically, a gain field is fitted, local residual motion is taken out of the
-subtraction, and the image itself is never resampled (only the predicted signal is). Must never be random: every sample
+changes: the gain is trimmed symmetrically, a gain field is fitted, local residual motion is undone before subtracting,
+and the image itself is never resampled for output (only the predicted signal is). Must never be random: every sample
 is seeded and every sum runs in a fixed order.
 """
 
@@ -28,7 +28,8 @@ SUPPORT_MM = 12.0  # signal is predicted up to here outside the brain (meninges,
 SCALE_QUANTILE = 0.95  # of the pre-contrast brain: about white matter
 FIELD_SIGMA_MM = 20.0
 NOISE_SIGMA_MM = 8.0
-MOTION_SIGMA_MM, MOTION_LIMIT_MM = 6.0, 0.6  # scale on which residual motion is measured, and the most that is undone
+MOTION_SIGMA_MM, MOTION_LIMIT_MM = 6.0, 1.5  # scale on which residual motion is measured; the most undone, per axis
+_MOTION_ROUNDS, _MOTION_SETTLED_MM = 5, 0.15  # at most; done when a round moves 95 % of the brain by less
 GAIN_LIMITS = (0.85, 1.15)
 _TRIM = 2.5  # in robust standard deviations
 _TRUNCATED_STD = 0.88  # std of a unit normal truncated at +-2
@@ -40,12 +41,17 @@ Progress = Callable[[float], None]
 class Comparison:
     """How a low-dose image relates to its pre-contrast image, both on one grid and in units of white matter."""
 
-    subtraction: Array  # gain-corrected low dose minus pre-contrast, without what residual motion makes of edges
+    subtraction: Array  # low dose, gain-corrected and residual motion undone, minus pre-contrast
     gain: float  # scalar that brings low dose to pre-contrast
     gain_field: Array  # smooth, around 1, beside the scalar
     sigma: float  # noise of the subtraction (high-pass, robust)
     sigma_map: Array  # local standard deviation of what is not enhancement
-    motion_mm: float  # residual motion that was undone: 0.95 quantile of its length in the brain
+    noise_left: tuple[float, float, float]  # share of the noise that each of `smoothings` leaves
+    displacement: Array  # (3, k, j, i), mm along k, j, i: image(x - u) undid residual motion
+
+    def motion_mm(self, brain: Mask) -> float:
+        """0.95 quantile, in the brain, of the length of the residual motion that was undone."""
+        return float(np.sqrt(np.quantile((self.displacement**2).sum(axis=0)[brain], 0.95)))
 
 
 @dataclass(frozen=True)
@@ -75,9 +81,19 @@ class Prepared:
         return self._carry(signal * np.float32(self.scale), self.native_pre, sitk.Transform())
 
     def signal_on_low(self, signal: Array) -> Array:
-        """Carry a signal back through registration and gain to the low-dose series, in its native units."""
-        unit = self.low_scale / (self.comparison.gain * self.comparison.gain_field)
-        return self._carry(signal * unit.astype(np.float32), self.native_low, self.pre_to_low.GetInverse())
+        """Carry a signal back through motion, registration and gain to the low-dose series, in its native units."""
+        seen = self.comparison
+        unit = self.low_scale / (seen.gain * seen.gain_field)
+        back = sitk.CompositeTransform([self._displacement(), self.pre_to_low.GetInverse()])  # the last comes first
+        return self._carry(signal * unit.astype(np.float32), self.native_low, back)
+
+    def _displacement(self) -> sitk.Transform:
+        """From where a point lies in the rigidly aligned low-dose image to where the pre-contrast head has it."""
+        directions = self.pre.affine[:3, :3] / np.array(self.pre.spacing_mm)  # columns i, j, k
+        vectors = np.tensordot(self.comparison.displacement[::-1], directions, (0, 1))
+        field = sitk.GetImageFromArray(vectors.astype(np.float64), isVector=True)
+        field.CopyInformation(self.pre.to_sitk())
+        return sitk.DisplacementFieldTransform(field)
 
     def _carry(self, signal: Array, grid: Volume, to_working: sitk.Transform) -> Array:
         """Linear: the signal stays non-negative, and zero where all neighbours are zero."""
@@ -204,28 +220,52 @@ def compare(pre: Array, low: Array, brain: Mask, spacing_mm: tuple[float, float,
     for _ in range(2):
         plain = _plain(gain * field * low - pre, brain)
         field = _gain_field(pre, gain * low, plain, spacing_mm)
-    raw = (gain * field * low - pre).astype(np.float32)
-    edges, motion_mm = _residual_motion(raw, pre, brain, spacing_mm)
-    subtraction = raw - edges
+    corrected = (gain * field * low).astype(np.float32)
+    displacement = _residual_motion(corrected, pre, brain, spacing_mm)
+    subtraction = _displaced(corrected, displacement, spacing_mm) - pre
     sigma = _high_pass_noise(subtraction, brain)
-    return Comparison(subtraction, gain, field, sigma, _local_noise(subtraction, brain, spacing_mm), motion_mm)
+    noise = _local_noise(subtraction, brain, spacing_mm)
+    return Comparison(subtraction, gain, field, sigma, noise, _noise_left(subtraction, brain), displacement)
 
 
-def _residual_motion(
-    raw: Array, pre: Array, brain: Mask, spacing_mm: tuple[float, float, float]
-) -> tuple[Array, float]:
-    """What local motion left by the rigid registration makes of the subtraction, and how far it went.
+def _residual_motion(low: Array, pre: Array, brain: Mask, spacing_mm: tuple[float, float, float]) -> Array:
+    """Displacement (3, k, j, i), mm along k, j, i, that the rigid registration left: low(x - u) lies on pre(x).
 
-    To first order a shift u turns an edge into u . grad pre. u is fitted by weighted least squares around every voxel
-    (Lucas and Kanade, 1981) over brain that does not enhance, within 3 robust standard deviations.
+    Rounds of Lucas and Kanade (1981), each on what the rounds before left.
+    """
+    displacement = np.zeros((3, *pre.shape), np.float32)
+    moved = low
+    for _ in range(_MOTION_ROUNDS):
+        step = _motion(moved - pre, pre, brain, spacing_mm)
+        displacement = np.clip(displacement + step, -MOTION_LIMIT_MM, MOTION_LIMIT_MM)
+        if np.quantile((step**2).sum(axis=0)[brain], 0.95) < _MOTION_SETTLED_MM**2:
+            break
+        moved = _displaced(low, displacement, spacing_mm)
+    return displacement
 
-    Returns:
-        (k, j, i) part of the subtraction to take away, and the 0.95 quantile of |u| in the brain, mm.
+
+def _displaced(image: Array, displacement: Array, spacing_mm: tuple[float, float, float]) -> Array:
+    """`image` (k, j, i) with every point moved by `displacement` (3, k, j, i; mm along k, j, i): image(x - u).
+
+    Cubic B-spline, limited to the range of the image.
+    """
+    at = np.indices(image.shape, dtype=np.float32)
+    at -= displacement / np.array(spacing_mm[::-1], np.float32)[:, None, None, None]
+    moved = ndimage.map_coordinates(image, at, order=3, mode="nearest", output=np.float32)
+    return np.clip(moved, image.min(), image.max())
+
+
+def _motion(raw: Array, pre: Array, brain: Mask, spacing_mm: tuple[float, float, float]) -> Array:
+    """The shift (3, k, j, i), mm, that explains a subtraction to first order: u . grad pre, with u smooth.
+
+    Weighted least squares around every voxel over brain that does not enhance, within 3 robust standard deviations;
+    drawn to 0 where the slopes of `pre` are no steeper than those of the noise. An axis of one voxel does not move.
     """
     sizes = spacing_mm[::-1]
     blur = [0.7 / s for s in sizes]
     soft = ndimage.gaussian_filter(pre, blur)
-    slope = [np.gradient(soft, s, axis=a).astype(np.float32) for a, s in enumerate(sizes) if pre.shape[a] > 1]
+    axes = [axis for axis in range(3) if pre.shape[axis] > 1]
+    slope = [np.gradient(soft, sizes[axis], axis=axis).astype(np.float32) for axis in axes]
     smooth = ndimage.gaussian_filter(raw, blur)
     centre = np.median(smooth[brain])
     spread = 1.4826 * np.median(np.abs(smooth[brain] - centre)) + 1e-6
@@ -237,16 +277,37 @@ def _residual_motion(
     normal = np.empty((*means[0].shape, count, count), np.float32)
     for (a, b), mean in zip(pairs, means, strict=False):
         normal[..., a, b] = normal[..., b, a] = mean
-    ridge = 0.02 * float(np.mean(np.trace(normal, axis1=-2, axis2=-1))) + 1e-6
+    noise = sum(np.mean(np.gradient(smooth, sizes[axis], axis=axis)[plain > 0] ** 2) for axis in axes) / count
+    ridge = 0.02 * float(np.mean(np.trace(normal, axis1=-2, axis2=-1))) + float(noise) + 1e-6
     right = np.stack(means[len(pairs) :], axis=-1)[..., None]
     shift = np.linalg.solve(normal + ridge * np.eye(count, dtype=np.float32), right)[..., 0]
-    shift = np.clip(shift, -MOTION_LIMIT_MM, MOTION_LIMIT_MM)
-    edges, length = np.zeros_like(raw), np.zeros_like(raw)
-    for axis in range(count):
-        u = _expand(shift[..., axis], blocks, raw.shape)
-        edges += u * slope[axis]
-        length += u**2
-    return edges, float(np.sqrt(np.quantile(length[brain], 0.95)))
+    out = np.zeros((3, *raw.shape), np.float32)
+    for n, axis in enumerate(axes):
+        out[axis] = _expand(shift[..., n], blocks, raw.shape)
+    return out
+
+
+def _noise_left(subtraction: Array, brain: Mask) -> tuple[float, float, float]:
+    """Robust standard deviation in the brain after each smoothing, over that before: tells the noise's correlation."""
+    spreads = []
+    for image in (subtraction, *smoothings(subtraction)):
+        inside = image[brain]
+        spreads.append(float(np.median(np.abs(inside - np.median(inside)))) + 1e-6)
+    once, twice, wide = (min(1.0, spread / spreads[0]) for spread in spreads[1:])
+    return once, twice, wide
+
+
+def smoothings(subtraction: Array) -> tuple[Array, Array, Array]:
+    """3x3x3 binomial once, twice, and then once more with its taps two voxels apart; (k, j, i) each."""
+    once = _binomial(subtraction, (0.25, 0.5, 0.25))
+    twice = _binomial(once, (0.25, 0.5, 0.25))
+    return once, twice, _binomial(twice, (0.25, 0.0, 0.5, 0.0, 0.25))
+
+
+def _binomial(volume: Array, taps: tuple[float, ...]) -> Array:
+    for axis in range(3):
+        volume = ndimage.correlate1d(volume, taps, axis, mode="nearest")
+    return volume
 
 
 def symmetric_gain(low: Array, pre: Array) -> float:

@@ -19,7 +19,7 @@ from scipy import ndimage
 
 from models.card import Card, ModelError, read_card
 from models.condition import HEADROOM, UNKNOWN_DOSE_FRACTION, Conditions, vector
-from models.preprocess import Prepared
+from models.preprocess import Prepared, smoothings
 from models.volume import Array, Mask
 
 LINEAR_SIGMA_MM = 0.8
@@ -244,9 +244,7 @@ def upper_bound(subtraction: Array, dose_fraction: float | None) -> Array:
         subtraction: (k, j, i), white matter = 1.
         dose_fraction: of the standard dose; None where it is unknown.
     """
-    once = _binomial(subtraction, (0.25, 0.5, 0.25))
-    twice = _binomial(once, (0.25, 0.5, 0.25))
-    wide = _binomial(twice, (0.25, 0.0, 0.5, 0.0, 0.25))
+    once, twice, wide = smoothings(subtraction)
     measured = np.maximum(np.maximum(subtraction, once), np.maximum(twice, wide))
     bound: Array = np.maximum(measured, 0) * np.float32(HEADROOM / (dose_fraction or UNKNOWN_DOSE_FRACTION) * 1.001)
     return bound + np.float32(1e-3)
@@ -268,12 +266,6 @@ def at_dose(signal: Array, prepared: Prepared, conditions: Conditions, factor: f
     bound = upper_bound(prepared.comparison.subtraction, conditions.dose_fraction)
     scaled: Array = np.minimum(signal * np.float32(factor), np.maximum(bound, signal * np.float32(min(factor, 1))))
     return scaled
-
-
-def _binomial(volume: Array, taps: tuple[float, ...]) -> Array:
-    for axis in range(3):
-        volume = ndimage.correlate1d(volume, taps, axis, mode="nearest")
-    return volume
 
 
 def _guard(signal: Array) -> Array:

@@ -56,6 +56,7 @@ class Acquisition:
             dose_mmol_per_kg=self.dose_mmol_per_kg.value,
             sequence=self.sequence.value,
             sigma=prepared.comparison.sigma,
+            noise_left=prepared.comparison.noise_left,
             spacing_mm=prepared.pre.spacing_mm,
         )
 

@@ -20,10 +20,13 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "field strength": ("field", "field_known"),
     "dose": ("log_dose_fraction", "dose_known"),
     "agent": ("log_effective_dose", "relaxivity", "agent_known"),
-    "noise": ("log_sigma",),
+    "noise": ("log_sigma", "log_noise_left_1", "log_noise_left_2", "log_noise_left_3"),
     "spacing": ("log_spacing_i", "log_spacing_j", "log_spacing_k"),
     "sequence": ("sequence_spgr", "sequence_mprage", "sequence_se"),
 }
+
+
+_NOISE_LEFT = (0.35, 0.25, 0.15)  # of slightly correlated noise
 
 
 def ablations(samples: Sequence[Sample]) -> Iterator[tuple[str, list[Sample]]]:
@@ -60,7 +63,9 @@ def _with(sample: Sample, at: list[int], values: Array) -> Sample:
 def condition_grid() -> tuple[list[Conditions], Array]:
     """Acquisitions over field strength, agent and dose, all else equal, and their vectors (n, len(NAMES))."""
     grid = [
-        Conditions(field, agent.name, dose * agent.standard_dose_mmol_per_kg, "MPRAGE", 0.03, (1.0, 1.0, 1.0))
+        Conditions(
+            field, agent.name, dose * agent.standard_dose_mmol_per_kg, "MPRAGE", 0.03, _NOISE_LEFT, (1.0, 1.0, 1.0)
+        )
         for field in (1.5, 3.0)
         for agent in AGENTS
         for dose in (0.1, 0.2, 0.25, 0.33, 0.5)

@@ -33,6 +33,7 @@ UNPROVEN = (
 UNPROVEN_SITE = "no clinical validation: trained on one site's own studies, not tested on any other site's"
 LIMITS = (
     "lesions below 3 mm are often missed or blurred at doses of a third and less; that limit is physics",
+    "weak enhancement, also of a large lesion, can be missing at a third of the dose and less",
     "negative enhancement (T2* shortening) is not predicted",
 )
 

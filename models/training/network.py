@@ -17,14 +17,8 @@ from torch.nn import functional
 
 from models.condition import DOSE_INDEX, DOSE_KNOWN_INDEX, HEADROOM, NAMES, UNKNOWN_DOSE_FRACTION
 
-CHANNELS = ("subtraction", "pre", "sigma_map")
-NOISE_LEFT = (
-    1.0,
-    0.35,
-    0.25,
-    0.15,
-)  # of the noise after each smoothing, for the slightly correlated noise of a scanner
-CLEAR = 2.5  # signal-to-noise ratio at which an untrained network opens its gate by half: the paper's p(2.5) = 0.5
+CLEAR = 3.0  # signal-to-noise ratio, after smoothing, at which an untrained network opens its gate by half
+NOISE_LEFT = slice(NAMES.index("log_noise_left_1"), NAMES.index("log_noise_left_3") + 1)
 GATE = 7  # channel of the head that opens or closes the output
 STRIDE = 4  # volumes are padded to a multiple of this
 
@@ -75,11 +69,8 @@ class Network(nn.Module):
         self.head = nn.Conv3d(a, 8, 3, padding=1)
         for start in self.head.parameters():  # and the network as a smoothed, gated linear amplification
             nn.init.zeros_(start)
-        self.noise_left: Tensor
         self.mix: Tensor
-        channels = (1, 4, 1, 1, 1)
-        self.register_buffer("noise_left", torch.tensor(NOISE_LEFT).reshape(channels), persistent=False)
-        self.register_buffer("mix", torch.tensor([1.0, 2.0, 0.0, -2.0]).reshape(channels), persistent=False)
+        self.register_buffer("mix", torch.tensor([1.0, 2.0, 0.0, -2.0]).reshape(1, 4, 1, 1, 1), persistent=False)
         kernel = torch.tensor([0.25, 0.5, 0.25])
         self.register_buffer(
             "binomial", (kernel[:, None, None] * kernel[:, None] * kernel)[None, None], persistent=False
@@ -112,7 +103,8 @@ class Network(nn.Module):
         measured = torch.cat([z, once, twice, wide], 1)
         bound = HEADROOM / dose * functional.relu(measured.amax(1, keepdim=True))
         amplified = measured / dose
-        clarity = measured / (torch.clamp(noise, min=1e-3) * self.noise_left)
+        left = functional.pad(torch.exp(condition[:, NOISE_LEFT]), (1, 0), value=1.0)[:, :, None, None, None]
+        clarity = measured / (torch.clamp(noise, min=1e-3) * left)
         seen = torch.cat([torch.tanh(amplified / 2) * 2, torch.tanh(clarity / 6) * 3, pre, 5 * noise, noise / dose], 1)
         out = self.head(self._body(seen, self.embed(condition)))
         linear = (torch.softmax(out[:, 0:4] + self.mix, 1) * amplified).sum(1, keepdim=True)
@@ -137,7 +129,8 @@ class Network(nn.Module):
     def _blur(self, z: Tensor, dilation: int) -> Tensor:
         """3x3x3 binomial with its taps `dilation` voxels apart, edges replicated."""
         padded = functional.pad(z, (dilation,) * 6, mode="replicate")
-        return functional.conv3d(padded, self.binomial, dilation=dilation)  # type: ignore[arg-type]
+        with torch.autocast(z.device.type, enabled=False):  # the bound is exact whatever the precision of the body
+            return functional.conv3d(padded, self.binomial, dilation=dilation)  # type: ignore[arg-type]
 
 
 def _levels(architecture: Architecture) -> list[tuple[int, int]]:

@@ -447,9 +447,9 @@ def _acquire(
     moved = _misalign(low, scenario, rng)
     first = magnitude(pre, scenario.sigma, blur, g_map, rng)
     second = magnitude(moved, scenario.sigma, blur, g_map, rng)
-    if rng.uniform() < 0.7:  # registration interpolates the noise, too
-        second = ndimage.shift(second, rng.uniform(-0.5, 0.5, 3), order=3, mode="nearest")
-        second = ndimage.shift(second, np.zeros(3), order=1) if rng.uniform() < 0.5 else second
+    if rng.uniform() < 0.7:  # registration interpolates the noise, too; what it does to the image is `_misalign`
+        noise = ndimage.shift(second - moved, rng.uniform(-0.5, 0.5, 3), order=3, mode="nearest")
+        second = np.maximum(moved + noise, 0)
     keep = np.ones(shape, bool)
     if scenario.stripped and rng.uniform() < 0.6:  # otherwise noise is left around the brain
         keep = ndimage.binary_dilation(pre > 0.02)

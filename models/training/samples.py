@@ -7,8 +7,11 @@ phantom is aligned up to its residual error and knows its brain); gain, subtract
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing as mp
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,6 +83,7 @@ def sample_of(phantom: Phantom) -> Sample:
         dose_mmol_per_kg=scenario.dose_mmol_per_kg,
         sequence=scenario.sequence.kind,
         sigma=seen.sigma,
+        noise_left=seen.noise_left,
         spacing_mm=scenario.spacing_mm,
     )
     truth = np.maximum(phantom.enhancement / scale, 0)
@@ -103,16 +107,17 @@ def quiet_brain(truth: Array, brain: Mask, spacing_mm: tuple[float, float, float
 
 def stream(first_seed: int, workers: int) -> Iterator[Sample]:
     """Samples of ascending seeds, simulated in other processes; the order does not depend on their speed."""
-    with mp.get_context("spawn").Pool(workers) as pool:
-        seed = first_seed
-        pending = [pool.apply_async(make_sample, (seed + n,)) for n in range(4 * workers)]
-        seed += len(pending)
+    seeds = itertools.count(first_seed)
+    pool = ProcessPoolExecutor(workers, mp_context=mp.get_context("spawn"))
+    try:
+        pending = deque(pool.submit(make_sample, next(seeds)) for _ in range(4 * workers))
         while True:
-            sample = pending.pop(0).get()
-            pending.append(pool.apply_async(make_sample, (seed,)))
-            seed += 1
+            sample = pending.popleft().result()
+            pending.append(pool.submit(make_sample, next(seeds)))
             if sample is not None:
                 yield sample
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def draw_patch(sample: Block, size: int, rng: np.random.Generator) -> tuple[Array, Array, Array]:

@@ -24,7 +24,7 @@ from models.training.network import STRIDE, VARIANTS, Network
 from models.training.samples import Block, draw_patch, make_sample, stream
 from models.training.site import SiteData, cut, padded
 
-FALSE_WEIGHT, FALSE_FULL_AT = 10.0, 2000  # weight of false enhancement, and the step from which it is full
+FALSE_FIRST, FALSE_WEIGHT, FALSE_FULL_AT = 10.0, 40.0, 3000  # weight of false enhancement: at first, in full, from when
 LAST_SEED = 400  # a seed has a million phantoms; evaluation starts at 500 million
 TRAIN_SEED, VALIDATION_SEED = 1_000_000, 900_000_000  # of phantoms; evaluation draws from yet another range
 VALIDATION_SIDE = 96  # voxels of the blocks in which a site's held-out study is judged
@@ -40,16 +40,17 @@ class Config:
     patch: int = 40
     rate: float = 1e-3
     keep: int = 200  # simulated blocks held at a time
-    refresh: int = 10  # steps between two new blocks
+    refresh: int = 24  # steps between two new blocks
     validation: int = 8
     ema: float = 0.998
     seed: int = 1
+    mixed: bool = True  # bfloat16 convolutions: twice as fast on a GPU or a CPU that has them, slower on others
     data: str = "simulated"  # what the network learned from, for its card; written by `train`
     start: str = ""  # SHA-256 of the checkpoint that the first step started from
 
 
 PRESETS = {
-    "smoke": Config(steps=6, batch=1, patch=24, keep=2, refresh=3, validation=1),
+    "smoke": Config(steps=6, batch=1, patch=24, keep=2, refresh=3, validation=1, mixed=False),
     "small-cpu": Config(),
     "base-gpu": Config(variant="base", steps=40000, batch=16, patch=64, keep=800, refresh=1, validation=24),
 }
@@ -181,9 +182,9 @@ def _step(run: _Run, config: Config, held: list[Block]) -> float:
     images = images.contiguous(memory_format=torch.channels_last_3d)
     for group in run.optimizer.param_groups:
         group["lr"] = config.rate * _schedule(run.step, config.steps)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.mixed):
         raw, bound = run.network.unbounded(images, condition)
-    false_weight = FALSE_WEIGHT * min(1.0, run.step / FALSE_FULL_AT)
+    false_weight = FALSE_FIRST + (FALSE_WEIGHT - FALSE_FIRST) * min(1.0, run.step / FALSE_FULL_AT)
     value = loss(raw.float(), bound.float(), *targets.split(1, dim=1), false_weight=false_weight)
     run.optimizer.zero_grad(set_to_none=True)
     value.backward()

@@ -10,7 +10,7 @@ EFFECTIVE = ("log_effective_dose", "relaxivity", "agent_known")
 
 
 def values(field: float | None, agent: str | None, dose: float | None) -> dict[str, float]:
-    made = vector(Conditions(field, agent, dose, "MPRAGE", 0.03, (1.0, 1.0, 1.0)))
+    made = vector(Conditions(field, agent, dose, "MPRAGE", 0.03, (0.35, 0.25, 0.15), (1.0, 1.0, 1.0)))
     return dict(zip(NAMES, made.tolist(), strict=True))
 
 

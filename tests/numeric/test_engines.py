@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,7 @@ MODEL = ZOO / DEFAULT_MODEL
 
 
 def conditions(dose: float | None = 1 / 30, agent: str | None = "gadobutrol") -> Conditions:
-    return Conditions(3.0, agent, dose, "MPRAGE", 0.03, (1.0, 1.0, 1.0))
+    return Conditions(3.0, agent, dose, "MPRAGE", 0.03, (0.35, 0.25, 0.15), (1.0, 1.0, 1.0))
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +151,7 @@ def test_a_network_without_the_bound_is_caught() -> None:
 
 
 def test_unknown_values_are_passed_as_unknown_and_never_as_a_default() -> None:
-    nothing = vector(Conditions(None, None, None, None, 0.03, (1.0, 1.0, 1.0)))
+    nothing = vector(Conditions(None, None, None, None, 0.03, (0.35, 0.25, 0.15), (1.0, 1.0, 1.0)))
     known = [name for name in NAMES if name.endswith("known")]
     assert [nothing[NAMES.index(name)] for name in known] == [0.0] * len(known)
     assert not nothing[[NAMES.index(f"sequence_{name}") for name in ("spgr", "mprage", "se")]].any()
@@ -168,16 +169,16 @@ def test_an_altered_network_is_refused_at_load(model_copy: Path) -> None:
         read_card(model_copy)
 
 
-@pytest.mark.parametrize(("old", "new"), [("contract = 1", "contract = 2"), ("opset = 18", "opset = 17")])
-def test_a_model_of_another_contract_or_opset_is_refused(model_copy: Path, old: str, new: str) -> None:
+@pytest.mark.parametrize("name", ["contract", "opset"])
+def test_a_model_of_another_contract_or_opset_is_refused(model_copy: Path, name: str) -> None:
     card = model_copy / "card.toml"
-    card.write_text(card.read_text().replace(old, new))
-    with pytest.raises(ModelError, match=new.split(maxsplit=1)[0]):
+    card.write_text(re.sub(f"^{name} = .*$", f"{name} = 1", card.read_text(), flags=re.MULTILINE))
+    with pytest.raises(ModelError, match=name):
         NetworkEngine(model_copy)
 
 
 @pytest.mark.parametrize("name", ["contract", "opset"])
-@pytest.mark.parametrize("value", ["2", None], ids=["another", "none"])
+@pytest.mark.parametrize("value", ["1", None], ids=["another", "none"])
 def test_a_network_that_says_another_contract_or_opset_than_its_card_is_refused(
     model_copy: Path, name: str, value: str | None
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -76,6 +78,20 @@ def test_noise_is_measured_as_it_was_made() -> None:
     expected = 0.03 * np.sqrt(2)
     assert seen.sigma == pytest.approx(expected, rel=0.03)
     assert float(np.median(seen.sigma_map)) == pytest.approx(expected, rel=0.05)
+
+
+def test_a_signal_returns_to_the_low_dose_image_through_the_motion_that_was_undone() -> None:
+    phantom = head(stripped=True)
+    prepared = prepare(as_volume(phantom.pre), as_volume(phantom.pre))
+    signal = np.zeros_like(prepared.pre.voxels)
+    signal[20, 30:33, 20:40] = 0.5
+    moved = np.zeros((3, *signal.shape), np.float32)
+    moved[1] = 1.0  # mm: the low-dose head lies half a voxel before along j
+    there = replace(prepared, comparison=replace(prepared.comparison, displacement=moved)).signal_on_low(signal)
+    plain = replace(prepared, comparison=replace(prepared.comparison, displacement=0 * moved)).signal_on_low(signal)
+    centre = [float(ndimage.center_of_mass(image)[1]) for image in (there, plain)]
+    assert centre[1] - centre[0] == pytest.approx(0.5, abs=0.05)
+    assert there.min() >= 0
 
 
 def test_a_signal_goes_to_the_pre_contrast_grid_unchanged_and_is_zero_elsewhere() -> None:

@@ -12,7 +12,7 @@ import pytest
 from scipy import ndimage
 
 from models.condition import Conditions
-from models.preprocess import Prepared, prepare
+from models.preprocess import Comparison, Prepared, prepare
 from models.quality import LIMITS, Figure, Gate, Verdict, judge_conditions, judge_pair, judge_signal, refused
 from models.runtime import LinearEngine
 from models.training.phantom import make_phantom
@@ -22,7 +22,7 @@ from tests.numeric.phantoms import as_volume, head
 
 TRUTH = Path(__file__).parents[3] / "shared" / "data" / "tcga-du-7294-truth.npz"
 SPIN_ECHO = Sequence("SE", 0.55, 0.010)
-CONDITIONS = Conditions(3.0, "gadobutrol", 0.033, "MPRAGE", 0.03, (2.0, 2.0, 2.0))
+CONDITIONS = Conditions(3.0, "gadobutrol", 0.033, "MPRAGE", 0.03, (0.35, 0.25, 0.15), (2.0, 2.0, 2.0))
 
 
 @lru_cache(maxsize=2)
@@ -118,12 +118,17 @@ def test_a_low_dose_image_that_ends_in_the_brain_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "name"),
-    [({"motion_mm": 1.0}, "residual_motion"), ({"sigma": 0.4}, "noise")],
+    ("name", "change"),
+    [
+        ("residual_motion", lambda seen: replace(seen, displacement=np.full_like(seen.displacement, 1.0))),
+        ("noise", lambda seen: replace(seen, sigma=0.4)),
+    ],
 )
-def test_what_makes_a_pair_unfit_is_refused_by_its_own_figure(change: dict[str, float], name: str) -> None:
+def test_what_makes_a_pair_unfit_is_refused_by_its_own_figure(
+    name: str, change: Callable[[Comparison], Comparison]
+) -> None:
     prepared = like(stripped=True)
-    changed = replace(prepared, comparison=replace(prepared.comparison, **change))
+    changed = replace(prepared, comparison=change(prepared.comparison))
     assert [figure.name for figure in judge_pair(changed) if figure.verdict is Verdict.REFUSE] == [name]
 
 

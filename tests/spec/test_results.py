@@ -55,7 +55,7 @@ def findings_of(pair: Pair, signal: np.ndarray | None = None, **changes: Any) ->
         signal = np.zeros(volume.voxels.shape, np.float32)
         signal[2:6, 8:14, 6:12] = np.linspace(0.02, 1.4, 4 * 6 * 6, dtype=np.float32).reshape(4, 6, 6)
     ones = np.ones(volume.voxels.shape, np.float32)
-    comparison = Comparison(ones, gain=1.0, gain_field=ones, sigma=0.01, sigma_map=ones, motion_mm=0.0)
+    comparison = Comparison(ones, 1.0, ones, 0.01, ones, (0.35, 0.25, 0.15), np.zeros((3, *ones.shape), np.float32))
     prepared = Prepared(
         pre=volume.with_voxels(volume.voxels / 500),
         brain=ones > 0,
