@@ -185,9 +185,12 @@ class Commitment:
         entity.dimse_timeout = entity.network_timeout = ANSWER_SECONDS
         entity.add_requested_context(PUSH_MODEL, list(TRANSFER_SYNTAXES[:2]))
         role = build_role(PUSH_MODEL, scp_role=True)
-        association = entity.associate(
-            requestor.host, requestor.port, ae_title=requestor.ae_title, ext_neg=[role], max_pdu=0
-        )
+        try:
+            association = entity.associate(
+                requestor.host, requestor.port, ae_title=requestor.ae_title, ext_neg=[role], max_pdu=0
+            )
+        except OSError:  # the name does not resolve, now
+            return None
         if not association.is_established:
             return None
         try:

@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -188,7 +188,7 @@ class Worker:
         if job := self.ledger.claim_commitment(job_id, self.name, seconds, committing):
             with self._failing(job, State.DELIVERED):
                 with Lease(self.ledger, job, seconds):
-                    said = [self._ask_when_due(job, name) for name in sorted(committing)]
+                    said = self._ask_all(job, committing)
                 self.ledger.leave_waiting(job.id, job.attempt, "; ".join(filter(None, said)))
 
     # --- computing ----------------------------------------------------------------------------------------------------
@@ -297,6 +297,18 @@ class Worker:
 
     def _commitment_of(self, destination: str) -> Commitment:
         return Commitment.WANTED if destination in self._committing() else Commitment.NONE
+
+    def _ask_all(self, job: Job, names: Collection[str]) -> list[str]:
+        """Ask every destination, whatever the others say, then raise what the first hopeless one said."""
+        said, hopeless = [], []
+        for name in sorted(names):
+            try:
+                said.append(self._ask_when_due(job, name))
+            except Permanent as error:
+                hopeless.append(error)
+        if hopeless:
+            raise hopeless[0]
+        return said
 
     def _ask_when_due(self, job: Job, name: str) -> str:
         """Ask a destination that owes a commitment, if this is the moment; how things stand with it, in words."""

@@ -147,14 +147,17 @@ def associated(
     entity = AE(ae_title=destination.calling_ae_title)
     entity.connection_timeout, entity.acse_timeout = CONNECT_SECONDS, CONNECT_SECONDS
     entity.dimse_timeout = entity.network_timeout = ANSWER_SECONDS
-    association = entity.associate(
-        destination.host,
-        destination.port,
-        contexts=[build_context(abstract, syntax) for abstract, syntax in offers],
-        ae_title=destination.ae_title,
-        max_pdu=PDU_BYTES,
-        evt_handlers=list(handlers),
-    )
+    try:
+        association = entity.associate(
+            destination.host,
+            destination.port,
+            contexts=[build_context(abstract, syntax) for abstract, syntax in offers],
+            ae_title=destination.ae_title,
+            max_pdu=PDU_BYTES,
+            evt_handlers=list(handlers),
+        )
+    except OSError as error:  # the name does not resolve, now
+        raise Retryable(Reason.DESTINATION_UNREACHABLE, f"{destination.name}: {error}") from error
     if not association.is_established:
         raise _refusal(association)
     try:

@@ -725,13 +725,13 @@ class Ledger:
     # --- storage commitment, of what was received (as SCP) ------------------------------------------------------------
 
     def add_request(self, ae_title: str, request: Request) -> bool:
-        """Note what somebody asks us to keep. Durable when this returns; the same request again changes nothing.
+        """Note what somebody asks us to keep. Durable when this returns; the same request again is answered again.
 
         Returns:
             False when this transaction is known with other instances.
         """
         table, now = schema.commitment_requests, self._clock()
-        referenced = [[item.sop_class_uid, item.sop_instance_uid] for item in request.references]
+        referenced = sorted([item.sop_class_uid, item.sop_instance_uid] for item in request.references)
         row: dict[str, Any] = {"ae_title": ae_title, "transaction_uid": request.transaction_uid}
         row |= {"referenced": referenced, "received_at": now, "tries": 0, "due_at": now}
         same = and_(table.c.ae_title == ae_title, table.c.transaction_uid == request.transaction_uid)
@@ -739,7 +739,11 @@ class Ledger:
             if _insert_new(connection, table, [row]):
                 return True
             known = connection.execute(select(table.c.referenced).where(same)).scalar_one()
-        return bool(known == referenced)
+            if sorted(known) != referenced:
+                return False
+            given_up = and_(same, table.c.due_at.is_(None))
+            connection.execute(update(table).where(given_up).values(due_at=now, tries=0))
+        return True
 
     def claim_request(self, lease_seconds: float) -> CommitmentRequest | None:
         """The request that has waited longest for its report; nobody else gets it for so many seconds."""

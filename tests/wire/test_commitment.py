@@ -259,6 +259,11 @@ def test_an_archive_that_restarts_between_sending_and_asking_is_asked_when_it_is
         assert later(site, job_id, site.settings.delivery_retry_seconds) is State.COMMITTED
 
 
+def test_a_destination_whose_name_does_not_resolve_for_now_is_tried_again(make_site: Callable[..., Site]) -> None:
+    job_id = delivered(site := make_site(destination={"host": "no-such-host.invalid"}))
+    assert site.job(job_id).state is State.DELIVERING
+
+
 def test_a_restart_between_request_and_report_loses_nothing(make_site: Callable[..., Site]) -> None:
     with running_archive() as archive:
         before = make_site(archive.port)
@@ -450,6 +455,18 @@ def test_a_modality_that_never_comes_back_is_given_up(make_site: Callable[..., S
         Commitment(site.settings, site.ledger, site.spool, site.clock).report_due()
         site.clock.advance(HOUR)
     assert site.ledger.claim_request(1) is None
+
+
+def test_a_modality_that_was_given_up_is_told_when_it_asks_again(make_site: Callable[..., Site]) -> None:
+    site = receiving(make_site, away := free_port())
+    site.ledger.add_request("MODALITY", Request("2.25.8", REFERENCES))
+    for _ in range(MOST_TRIES):
+        Commitment(site.settings, site.ledger, site.spool, site.clock).report_due()
+        site.clock.advance(HOUR)
+    assert site.ledger.add_request("MODALITY", Request("2.25.8", REFERENCES[::-1]))
+    with running_modality(away) as modality:
+        Commitment(site.settings, site.ledger, site.spool, site.clock).report_due()
+    assert [set(report.committed) for report in modality.reports] == [set(REFERENCES)]
 
 
 def test_who_is_not_named_in_the_site_file_may_not_ask(make_site: Callable[..., Site]) -> None:
