@@ -289,12 +289,12 @@ def _mmol_per_ml(concentration: float, agent: Agent) -> float | None:
     return None
 
 
-_MILLILITRES = r"(?:ml|cc)(?![a-z]|\s*/\s*kg)"
+_MILLILITRES = r"(?:ml|cc)(?![a-z]|\s*/)"  # a flow rate or mL per kg is no volume
 
 
 def _in_text(text: str, unit: str) -> list[float]:
-    """All positive numbers that stand before a unit, decimal point or comma."""
-    values = re.findall(rf"(?<![\d.,])(\d+(?:[.,]\d+)?)\s*{unit}", text.casefold())
+    """All positive numbers that stand before a unit, decimal point or comma; what is divided by is no amount."""
+    values = re.findall(rf"(?<![\d.,/])(\d+(?:[.,]\d+)?)\s*{unit}", text.casefold())
     return [value for value in (float(text.replace(",", ".")) for text in values) if value > 0]
 
 

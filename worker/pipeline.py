@@ -143,6 +143,9 @@ def _prepare(pair: Pair, progress: Callable[[float], None]) -> Prepared:
         raise Permanent(Reason.REGISTRATION_FAILED, str(error)) from error
 
 
+_MEASURED = {"sigma": None, "noise_left": None}  # follow from the input, and in their last digits from the machine
+
+
 def _context(
     engine: Engine,
     acquisition: Acquisition,
@@ -159,7 +162,7 @@ def _context(
     """
     version = metadata.version("lowgad")
     chosen = asdict(outputs) | {"kinds": None}
-    decided = [version, CONTRACT_VERSION, engine.name, *(asdict(conditions) | {"sigma": None} | chosen).values()]
+    decided = [version, CONTRACT_VERSION, engine.name, *(asdict(conditions) | _MEASURED | chosen).values()]
     agent = BY_NAME.get(acquisition.agent.value or "")
     return DerivationContext(
         model_id=engine.name,

@@ -48,6 +48,12 @@ def test_the_dose_follows_from_volume_agent_and_weight(
     assert found.dose_mmol_per_kg.value == pytest.approx(dose, rel=0.002)
 
 
+@pytest.mark.parametrize("text", ["GADAVIST 2ML/S", "Gadovist 1 ml/10 kg", "Gadovist 1mmol/1ml", "Gadovist 2 ml / sec"])
+def test_a_rate_or_a_strength_in_free_text_is_no_volume(tmp_path: Path, text: str) -> None:
+    found = acquired(tmp_path, agent=text, volume_ml=None, weight_kg="70")
+    assert (found.volume_ml.value, found.dose_mmol_per_kg.value) == (None, None)
+
+
 def test_agent_and_volume_in_one_free_text_are_found_where_the_volume_tag_says_zero(tmp_path: Path) -> None:
     found = acquired(
         tmp_path, agent="4,2 ml Omniscan", volume_ml="0", weight_kg="70", field_strength_t="1.4939999580383"
