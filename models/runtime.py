@@ -251,9 +251,10 @@ def upper_bound(subtraction: Array, dose_fraction: float | None) -> Array:
 
 
 def at_dose(signal: Array, prepared: Prepared, conditions: Conditions, factor: float) -> Array:
-    """The signal of another dose than the standard one, in proportion, and never above the bound (ADR 4).
+    """The signal of another dose than the standard one, in proportion; what it gains ends at the bound (ADR 4).
 
-    Enhancement grows less than in proportion to dose, so that a factor above 1 rather shows too much than too little.
+    A signal that is above the bound already (of the linear engine, which has none) gains nothing. Enhancement grows
+    less than in proportion to dose, so that a factor above 1 rather shows too much than too little.
 
     Args:
         signal: of the standard dose, (k, j, i), white matter = 1.

@@ -22,7 +22,7 @@ from models.agents import BY_NAME
 from models.brain import NoBrainError
 from models.condition import CONTRACT_VERSION, Conditions
 from models.preprocess import Prepared, RegistrationError, prepare
-from models.quality import Figure, Gate, judge_conditions, judge_pair, judge_signal, refused
+from models.quality import LIMITS, Figure, Gate, judge_conditions, judge_pair, judge_signal, refused
 from models.runtime import Engine, OutputError, UnknownDoseError, at_dose
 from models.volume import Array
 from service.core.errors import Permanent, Reason
@@ -229,7 +229,7 @@ def _predict(engine: Engine, prepared: Prepared, conditions: Conditions, progres
 def _image_witness(pair: Pair, figures: Sequence[Figure]) -> str:
     """What the images themselves say of the order, when it did not refuse the study."""
     more = -next(figure.value for figure in figures if figure.name == "darkening")
-    says = f"{pair.pre.label} is pre-contrast" if more > 0 else "silent"
+    says = f"{pair.pre.label} is pre-contrast" if more > LIMITS["darkening"].works[1] else "silent"
     return f"images: {says}, {100 * more:.2f} % of the brain brightens with the low dose, less what darkens"
 
 

@@ -124,10 +124,10 @@ def derivation(kind: Kind, context: DerivationContext, note: str = "") -> dict[s
 
     base = {
         Kind.SD: "added to the pre-contrast image",
-        Kind.SD_PLUS: "added to the low-dose image",
+        Kind.SD_PLUS: "added to the low-dose image beside its own enhancement",
     }.get(kind, "alone, on the grid of the pre-contrast image")
     text = (
-        f"Synthetic standard-dose T1 post-contrast (simulated {dose(context.simulated_dose_mmol_per_kg)}): signal"
+        f"Synthetic T1 post-contrast: signal of {dose(context.simulated_dose_mmol_per_kg)}"
         f" predicted by {context.model_id} from pre-contrast and low-dose series (3-D context; administered"
         f" {dose(context.administered_dose_mmol_per_kg)} {context.agent or 'unknown agent'}), {base}."
         f"{note} NOT ACQUIRED. {context.notice[:1].upper()}{context.notice[1:]}."

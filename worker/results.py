@@ -210,7 +210,15 @@ def make_presentation_states(
                 )
             ],
         )
+        _show_true_shape(state, shown)
         yield _finished(state, Kind.PRESENTATION_STATE, pair, values, context)
+
+
+def _show_true_shape(state: Dataset, shown: Dataset) -> None:
+    """The displayed areas take the pixels' spacing (C.10.4); highdicom says of all that they are square."""
+    for area in state.DisplayedAreaSelectionSequence:
+        del area.PresentationPixelAspectRatio
+        area.PresentationPixelSpacing = shown.PixelSpacing
 
 
 def make_report(findings: Findings, enhancing_ml: float, threshold: float) -> Dataset:

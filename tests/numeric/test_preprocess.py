@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
 from models.preprocess import RegistrationError, compare, prepare, symmetric_gain
-from models.volume import Volume
+from models.volume import Array, Volume
 from tests.numeric.phantoms import as_volume, head
 
 
@@ -82,16 +83,23 @@ def test_noise_is_measured_as_it_was_made() -> None:
 
 def test_a_signal_returns_to_the_low_dose_image_through_the_motion_that_was_undone() -> None:
     phantom = head(stripped=True)
-    prepared = prepare(as_volume(phantom.pre), as_volume(phantom.pre))
+    straight = as_volume(phantom.pre)
+    turn = np.eye(4)
+    turn[:3, :3] = Rotation.from_euler("zyx", [20, 15, 10], degrees=True).as_matrix()  # an oblique grid
+    volume = Volume(straight.voxels, turn @ straight.affine)
+    prepared = prepare(volume, volume)
     signal = np.zeros_like(prepared.pre.voxels)
-    signal[20, 30:33, 20:40] = 0.5
-    moved = np.zeros((3, *signal.shape), np.float32)
-    moved[1] = 1.0  # mm: the low-dose head lies half a voxel before along j
-    there = replace(prepared, comparison=replace(prepared.comparison, displacement=moved)).signal_on_low(signal)
-    plain = replace(prepared, comparison=replace(prepared.comparison, displacement=0 * moved)).signal_on_low(signal)
-    centre = [float(ndimage.center_of_mass(image)[1]) for image in (there, plain)]
-    assert centre[1] - centre[0] == pytest.approx(0.5, abs=0.05)
-    assert there.min() >= 0
+    signal[20:23, 30:33, 20:23] = 0.5
+    moved = np.stack([np.full(signal.shape, mm, np.float32) for mm in (0.5, 1.0, -1.5)])  # along k, j, i
+
+    def centre(displacement: Array) -> Array:
+        comparison = replace(prepared.comparison, displacement=displacement)
+        carried = replace(prepared, comparison=comparison).signal_on_low(signal)
+        assert carried.min() >= 0
+        return np.array(ndimage.center_of_mass(carried))
+
+    off = 2.0 * (centre(moved) - centre(0 * moved))  # mm
+    assert off == pytest.approx([-0.5, -1.0, 1.5], abs=0.1)  # low(x - u) is pre(x)
 
 
 def test_a_signal_goes_to_the_pre_contrast_grid_unchanged_and_is_zero_elsewhere() -> None:

@@ -206,6 +206,14 @@ def test_a_presentation_state_says_synthetic_over_every_image_of_every_series(tm
     assert [state.InstanceNumber for state in states] == [1, 2, 3]
 
 
+def test_a_presentation_state_keeps_the_shape_of_a_head_whose_pixels_are_not_square(tmp_path: Path) -> None:
+    pair = paired(tmp_path, pre_changes={"PixelSpacing": [1.0, 1.5]}, low_changes={"PixelSpacing": [1.0, 1.5]})
+    for state in compose(findings_of(pair), ALL)["presentation_state"]:
+        for area in state.DisplayedAreaSelectionSequence:
+            assert "PresentationPixelAspectRatio" not in area
+            assert list(area.PresentationPixelSpacing) == [1.0, 1.5]
+
+
 # ------------------------------------------------------------------------------------------------ the report
 
 

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from pydicom.dataset import Dataset
 
+from models.quality import LIMITS, Verdict
 from service.core.errors import Permanent, Reason
 from service.core.protocols import Protocol
 from tests.factories import SyntheticPair, as_enhanced, encode, make_pair, uid
 from worker.pairing import Pair, choose_pair
+from worker.pipeline import _image_witness
 from worker.study import Study, read_study
 
 
@@ -274,3 +276,11 @@ def test_one_series_with_philips_floating_point_scaling_and_one_without_are_no_p
     error = refused(study_of(tmp_path, pair.pre, pair.low))
     assert error.reason is Reason.PAIR_NOT_COMPARABLE
     assert "scaling" in error.detail
+
+
+@pytest.mark.parametrize(("excess", "says"), [(-0.002, "silent"), (-0.02, "is pre-contrast")])
+def test_images_that_hardly_differ_are_no_witness(tmp_path: Path, excess: float, says: str) -> None:
+    made = healthy()
+    pair = choose_pair(study_of(tmp_path, made.pre, made.low))
+    assert says in _image_witness(pair, judged := [LIMITS["darkening"].judge("darkening", excess)])
+    assert judged[0].verdict is Verdict.PASS  # brightening is what contrast does, however little
