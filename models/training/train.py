@@ -35,7 +35,7 @@ class Config:
     """What a run depends on."""
 
     variant: str = "small"
-    steps: int = 6000
+    steps: int = 7000
     batch: int = 2
     patch: int = 40
     rate: float = 1e-3
