@@ -1,4 +1,4 @@
-"""How the pair was acquired: field strength, agent, injected dose and sequence class, each with where it came from.
+"""How the pair was acquired: field strength, agent, injected dose, sequence and its timing, each with its source.
 
 Hides what two series say together, and the pulse sequence tags (PS3.3 C.8.3.1 MR Image). Must never replace a value:
 what is missing, implausible or contradicted is unknown, and the source says why.
@@ -47,6 +47,12 @@ class Acquisition:
     weight_kg: Known[float]
     volume_ml: Known[float]
     sequence: Known[str]  # SPGR, MPRAGE or SE
+    # As the vendor writes them. Of an MPRAGE, Siemens calls the time between two inversions the repetition time, GE and
+    # Philips that between two excitations; Philips often leaves the inversion time out.
+    repetition_time_s: Known[float]
+    echo_time_s: Known[float]
+    inversion_time_s: Known[float]
+    flip_angle_deg: Known[float]
 
     def conditions(self, prepared: Prepared) -> Conditions:
         """What the network is told: the header's values as they are known, noise and grid as they are measured."""
@@ -61,6 +67,16 @@ class Acquisition:
         )
 
 
+_UNITS = {"mmol_per_kg": "mmol/kg", "kg": "kg", "ml": "mL", "t": "T", "s": "s", "deg": "deg"}
+_ENDING = re.compile(rf"_({'|'.join(_UNITS)})$")
+
+
+def in_words(name: str) -> tuple[str, str]:
+    """A quantity in words and the UCUM unit that its name ends with, "" where it ends with none."""
+    words, _, unit = _ENDING.sub(r"|\1", name).partition("|")
+    return words.replace("_", " "), _UNITS.get(unit, "")
+
+
 def read_acquisition(pair: Pair, protocols: Sequence[Protocol] = ()) -> Acquisition:
     """Read the headers of both series, and what the site's protocols add; the dose is that of the low-dose series."""
     agent = read_agent(pair.low, protocols)
@@ -72,6 +88,7 @@ def read_acquisition(pair: Pair, protocols: Sequence[Protocol] = ()) -> Acquisit
         weight_kg=weight,
         volume_ml=read_volume(pair.low),
         sequence=_sequence(pair),
+        **_timing(pair),
     )
 
 
@@ -152,7 +169,29 @@ def _near(value: float, reference: float, tolerance: float) -> bool:
     return abs(value - reference) <= tolerance * reference
 
 
-# ------------------------------------------------------------------------------------------------ sequence class
+# ------------------------------------------------------------------------------------------------ sequence
+
+
+_TIMING = {  # field: the element, what is plausible of any T1 sequence (ms; degrees), and how much of it is one unit
+    "repetition_time_s": ("RepetitionTime", (1.0, 20_000.0), 1000),
+    "echo_time_s": ("EchoTime", (0.02, 200.0), 1000),
+    "inversion_time_s": ("InversionTime", (20.0, 6000.0), 1000),
+    "flip_angle_deg": ("FlipAngle", (1.0, 180.0), 1),
+}
+_TIMING_TOLERANCE = 0.05  # scanners fit the shortest times to each series
+
+
+def _timing(pair: Pair) -> dict[str, Known[float]]:
+    """Times and flip angle that both series state alike; an echo that does not precede the next pulse is a slip."""
+    found = {}
+    for field, (keyword, plausible, per_unit) in _TIMING.items():
+        known = _agreed(pair, keyword, plausible, tolerance=_TIMING_TOLERANCE)
+        found[field] = known if known.value is None else Known(round(known.value / per_unit, 9), known.source)
+    echo_s, repetition_s = found["echo_time_s"].value, found["repetition_time_s"].value
+    if echo_s and repetition_s and echo_s >= repetition_s:
+        why = f"{tag('EchoTime')} is not shorter than {tag('RepetitionTime')}"
+        found |= dict.fromkeys(("echo_time_s", "repetition_time_s"), Known[float].unknown(why))
+    return found
 
 
 def _sequence(pair: Pair) -> Known[str]:

@@ -12,18 +12,10 @@ from pathlib import Path
 from service.core.errors import Permanent
 from service.core.job import JobOptions
 from service.core.protocols import Protocol
-from worker.acquisition import Acquisition, check_acquisition, read_acquisition
+from worker.acquisition import Acquisition, check_acquisition, in_words, read_acquisition
 from worker.contrast import Known
 from worker.pairing import Account, Pair, choose_pair, take_accounts
 from worker.study import Study, read_study
-
-_UNITS = {"field_strength_t": "T", "dose_mmol_per_kg": "mmol/kg", "weight_kg": "kg", "volume_ml": "mL"}
-_NAMES = {
-    "field_strength_t": "field strength",
-    "dose_mmol_per_kg": "dose",
-    "weight_kg": "weight",
-    "volume_ml": "volume",
-}
 
 
 def explain(
@@ -64,8 +56,8 @@ def _of_candidate(account: Account) -> Iterator[str]:
     yield "T1"
     yield "contrast agent in the patient" if account.has_contrast else "no contrast agent"
     if account.has_contrast:
-        yield f"agent {_in_words(account.agent)}"
-        yield f"dose {_in_words(account.dose, 'mmol/kg')}"
+        yield f"agent {_said(account.agent)}"
+        yield f"dose {_said(account.dose, 'mmol/kg')}"
     yield {1: "described with contrast", 0: "description silent", -1: "described without contrast"}[account.words]
     for role, rule in account.roles.items():
         yield f"{role} by site file ({rule})"
@@ -83,10 +75,11 @@ def _of_acquisition(acquisition: Acquisition) -> Iterator[str]:
     yield "Acquisition"
     for field in fields(acquisition):
         known: Known[float] | Known[str] = getattr(acquisition, field.name)
-        yield f"  {_NAMES.get(field.name, field.name)}: {_in_words(known, _UNITS.get(field.name, ''))}"
+        name, unit = in_words(field.name)
+        yield f"  {name}: {_said(known, unit)}"
 
 
-def _in_words(known: Known[float] | Known[str], unit: str = "") -> str:
+def _said(known: Known[float] | Known[str], unit: str = "") -> str:
     if known.value is None:
         return known.source
     value = f"{known.value:.4g}" if isinstance(known.value, float) else known.value

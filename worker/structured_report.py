@@ -31,6 +31,7 @@ from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
 from service.core.header import PRODUCT_NAME
+from worker.acquisition import in_words
 from worker.attributes import INSTANCE_CREATOR_UID
 from worker.provenance import CODING_SCHEME, ENHANCEMENT, DerivationContext, name_part
 
@@ -42,7 +43,6 @@ _NAMES: dict[str, Code] = {
     "weight_kg": Code("27113001", "SCT", "Body weight"),
     "field_strength_t": codes.DCM.MagneticFieldStrength,
 }
-_UNITS = {"t": "T", "kg": "kg", "ml": "mL", "mm": "mm", "s": "s"}
 _NO_UNIT = Code("1", "UCUM", "no units")
 
 
@@ -168,14 +168,11 @@ def _name(keyword: str) -> Code:
     """A standard code where there is one, else our own: the keyword without its unit."""
     if keyword in _NAMES:
         return _NAMES[keyword]
-    words = re.sub(r"_(t|kg|ml|mm|mmol_per_kg)$", "", keyword)
-    value = re.sub(r"[^A-Z0-9]", "", words.upper())[:16]
-    return Code(value, CODING_SCHEME, words.replace("_", " ").capitalize())
+    words, _ = in_words(keyword)
+    return Code(re.sub(r"[^A-Z0-9]", "", words.upper())[:16], CODING_SCHEME, words.capitalize())
 
 
 def _unit(keyword: str) -> Code:
     """The unit that the keyword ends with."""
-    if keyword.endswith("mmol_per_kg"):
-        return Code("mmol/kg", "UCUM", "mmol/kg")
-    last = keyword.rpartition("_")[2]
-    return Code(_UNITS[last], "UCUM", _UNITS[last]) if "_" in keyword and last in _UNITS else _NO_UNIT
+    _, unit = in_words(keyword)
+    return Code(unit, "UCUM", unit) if unit else _NO_UNIT

@@ -50,7 +50,16 @@ STAGE_WORDS = {
     Stage.DELIVER: "Sending",
 }
 # How names in the report end, longest first.
-UNITS = {"_mmol_per_kg": "mmol/kg", "_mm": "mm", "_ml": "ml", "_kg": "kg", "_rad": "rad", "_t": "T"}
+UNITS = {
+    "_mmol_per_kg": "mmol/kg",
+    "_mm": "mm",
+    "_ml": "ml",
+    "_kg": "kg",
+    "_rad": "rad",
+    "_t": "T",
+    "_s": "s",
+    "_deg": "deg",
+}
 SHOWN_ELSEWHERE = {"results", "acquisition", "quality", "options"}
 ACTION_WORDS = {Action.RERUN: "Re-run", Action.RESEND: "Re-send", Action.CANCEL: "Cancel"}
 

@@ -332,6 +332,71 @@ def test_an_inversion_prepared_spoiled_gradient_echo_of_ge_counts_as_mprage(tmp_
     assert found.sequence.value == "MPRAGE"
 
 
+TIMES = ("repetition_time_s", "echo_time_s", "inversion_time_s", "flip_angle_deg")
+GE_BRAVO = {"RepetitionTime": "8.0", "EchoTime": "3.1", "InversionTime": "450", "FlipAngle": "12"}
+
+
+def timing(found: Acquisition) -> tuple[float | None, ...]:
+    return tuple(getattr(found, name).value for name in TIMES)
+
+
+def test_the_times_of_an_inversion_train_are_read_as_the_vendor_writes_them(tmp_path: Path) -> None:
+    siemens = acquired(tmp_path / "siemens")
+    assert timing(siemens) == (2.3, 0.00298, 0.9, 9.0)
+    assert [getattr(siemens, name).source for name in TIMES] == [
+        "tag (0018,0080)",
+        "tag (0018,0081)",
+        "tag (0018,0082)",
+        "tag (0018,1314)",
+    ]
+    ge = acquired(tmp_path / "ge", sequence="SPGR", vendor="ge", pre_changes=GE_BRAVO, low_changes=GE_BRAVO)
+    assert timing(ge) == (0.008, 0.0031, 0.45, 12.0)
+    philips = acquired(tmp_path / "philips", sequence="SPGR", vendor="philips")
+    assert timing(philips) == (0.0082, 0.0032, None, 12.0)
+    assert philips.inversion_time_s.source == "unknown: tag (0018,0082) is missing or no number"
+
+
+@pytest.mark.parametrize("sequence", ["MPRAGE", "SPGR", "SE"])
+def test_enhanced_mr_states_the_same_times_in_its_functional_groups(tmp_path: Path, sequence: str) -> None:
+    pair = make_pair(rows=6, columns=6, sequence=sequence)
+    found = []
+    for form in (lambda series: series, lambda series: [as_enhanced(series)]):
+        folder = tmp_path / str(len(found))
+        folder.mkdir()
+        for n, dataset in enumerate([*form(pair.pre), *form(pair.low)]):
+            (folder / f"{n}.dcm").write_bytes(encode(dataset))
+        found.append(timing(read_acquisition(choose_pair(read_study(sorted(folder.glob("*.dcm")))))))
+    assert found[1] == found[0]
+    assert found[1][0] is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "low", "unknown", "why"),
+    [
+        ({"InversionTime": "0"}, {}, {"inversion_time_s"}, "implausible: 0"),  # Philips and GE write it for none
+        ({"FlipAngle": ""}, {}, {"flip_angle_deg"}, "missing or no number"),
+        ({"EchoTime": "4500"}, {}, {"echo_time_s"}, "implausible: 4500"),
+        ({"RepetitionTime": "2.3"}, {}, {"repetition_time_s", "echo_time_s"}, "is not shorter than"),  # in seconds
+        ({}, {"FlipAngle": "9.6"}, {"flip_angle_deg"}, "differs between the two series"),
+        ({}, {"EchoTime": "3.02"}, set(), ""),  # the shortest echo of another matrix or bandwidth
+    ],
+)
+def test_times_that_are_zero_absent_implausible_or_contradicted_are_unknown_and_say_why(
+    tmp_path: Path, changes: dict[str, str], low: dict[str, str], unknown: set[str], why: str
+) -> None:
+    pair = make_pair(rows=6, columns=6, pre_changes=changes, low_changes=changes | low)
+    (tmp_path / "pair").mkdir()
+    series = []
+    for n, datasets in enumerate((pair.pre, pair.low)):
+        paths = [tmp_path / "pair" / f"{n}{k}.dcm" for k in range(len(datasets))]
+        for path, dataset in zip(paths, datasets, strict=True):
+            path.write_bytes(encode(dataset))
+        series += read_study(paths).series
+    found = read_acquisition(Pair(*series))
+    assert {name for name in TIMES if getattr(found, name).value is None} == unknown
+    assert all(why in getattr(found, name).source for name in unknown)
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

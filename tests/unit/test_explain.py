@@ -47,6 +47,8 @@ def test_the_choice_and_every_value_are_told_with_their_reasons_and_nothing_is_w
         "  agent: gadobutrol, from text (0018,0010)",
         "  dose: 0.025 mmol/kg, from site file (ld brain); no volume, total dose or dose text",
         "  weight: unknown: tag (0010,1030) is missing or no number",
+        "  repetition time: 2.3 s, from tag (0018,0080)",
+        "  flip angle: 9 deg, from tag (0018,1314)",
     ):
         assert line in done.output.splitlines()
     assert done.output.splitlines()[-1] == "The study would be processed; its images are judged then"
