@@ -8,9 +8,10 @@ reason, and never measure without a limit.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 from math import inf
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -53,6 +54,10 @@ class Figure:
     def __str__(self) -> str:
         """For a person who has to look."""
         return f"{self.name} is {self.value:g} ({self.reason})"
+
+    def row(self) -> dict[str, Any]:
+        """As reports keep it: name, value, unit, verdict, reason."""
+        return asdict(self) | {"verdict": self.verdict.value}
 
 
 Range = tuple[float, float]
@@ -103,7 +108,31 @@ def _trained(name: str) -> tuple[Range, Range]:
 
 _SIMULATOR = "what the training covered; a factor of two outside is still worked on"
 
+# What grey matter changes by, white matter = 1, for a relative change of a time or angle: derivatives of the signal
+# equations (models.training.physics) for typical protocols, the larger of 1.5 and 3 T. That of the echo time is < .02.
+SENSITIVITY: dict[str, dict[str, float]] = {
+    "SPGR": {"RepetitionTime": 0.08, "FlipAngle": 0.15},
+    "MPRAGE": {"RepetitionTime": 0.35, "InversionTime": 0.36, "FlipAngle": 0.28},
+    "SE": {"RepetitionTime": 0.10},
+}
+
 LIMITS: dict[str, Limit] = {
+    "sequence_class": Limit(
+        Gate.PAIR, "1", (0, 0), (0, 0),
+        "1 where the headers state two classes of SPGR, MPRAGE and SE",
+        "by the signal equations grey matter, white matter = 1, is 0.1 darker or more in MPRAGE than in both others at "
+        "3 T; a spin echo shows vessels and the agent otherwise than a gradient echo",
+    ),
+    "timing_change": Limit(
+        Gate.PAIR, "1", *_most(0.05, 0.10),
+        "largest relative change of repetition, echo or inversion time or flip angle in the headers",
+        "chosen: a protocol that is repeated keeps them but for the shortest times, which scanners fit to each series",
+    ),
+    "contrast_change": Limit(
+        Gate.PAIR, "1", *_most(0.02, 0.035),
+        "change of grey matter, white matter = 1, that follows from those changes without any contrast agent",
+        "signal equations; at a third of the dose 0.035 is amplified to 0.1, from where on enhancement counts",
+    ),
     "pair_correlation": Limit(
         Gate.PAIR, "1", *_least(0.88, 0.80),
         "correlation of pre-contrast and low dose, smoothed by 1.5 mm, in brain that does not enhance",
@@ -182,6 +211,27 @@ LIMITS: dict[str, Limit] = {
         "chosen: more is no picture of a brain",
     ),
 }  # fmt: skip
+
+
+def judge_sequences(pre: str | None, low: str | None, changes: Mapping[str, float]) -> tuple[Figure, ...]:
+    """Figures of the two sequences by their headers, before anything is computed; what is unknown has no figure.
+
+    Args:
+        pre: class of the pre-contrast sequence, a key of SENSITIVITY.
+        low: class of the low-dose sequence.
+        changes: relative change of each time and angle that both headers state, by keyword.
+    """
+    values = {}
+    if pre and low:
+        values["sequence_class"] = float(pre != low)
+    if changes:
+        values["timing_change"] = max(changes.values())
+        values["contrast_change"] = max(
+            sum(slope * changes.get(keyword, 0.0) for keyword, slope in slopes.items())
+            for kind, slopes in SENSITIVITY.items()
+            if pre is None or low is None or kind in {pre, low}
+        )
+    return _judged(values)
 
 
 def judge_pair(prepared: Prepared) -> tuple[Figure, ...]:

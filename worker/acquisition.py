@@ -1,7 +1,7 @@
 """How the pair was acquired: field strength, agent, injected dose, sequence and its timing, each with its source.
 
-Hides what two series say together, and the pulse sequence tags (PS3.3 C.8.3.1 MR Image). Must never replace a value:
-what is missing, implausible or contradicted is unknown, and the source says why.
+Hides what two series say together (PS3.3 C.7.2.2, C.8.3.1). Must never replace a value: what is missing, implausible or
+contradicted is unknown, and the source says why.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from worker.contrast import (
     tag,
 )
 from worker.pairing import Pair
+from worker.sequence import sequence_class
 
 _FIELD_STRENGTH_RANGE_T = (0.2, 7.5)
 _NOMINAL_T = (1.5, 3.0, 7.0)  # what a magnet is called; it is really 1.494 or 2.894 T, and some write that
@@ -196,33 +197,5 @@ def _timing(pair: Pair) -> dict[str, Known[float]]:
 
 def _sequence(pair: Pair) -> Known[str]:
     """SPGR, MPRAGE or SE; unknown when the two series differ or the headers fit none."""
-    pre, low = _sequence_class(pair.pre.header), _sequence_class(pair.low.header)
+    pre, low = sequence_class(pair.pre.header), sequence_class(pair.low.header)
     return low if low.value == pre.value else Known.unknown("the two series are of different classes")
-
-
-_MPRAGE_NAMES = re.compile(r"mprage|mp-rage|tfl|bravo|tfe|ir-?f?spgr")
-_SPGR_NAMES = re.compile(r"f?spgr|flash|\bfl[23]d|vibe|lava|thrive|t1w?[ _-]*ffe")
-
-
-def _sequence_class(header: Dataset) -> Known[str]:
-    """Spin echo without inversion is SE; a gradient echo is MPRAGE when prepared, otherwise SPGR when spoiled."""
-    kinds, variant = set(texts(header, "ScanningSequence")), set(texts(header, "SequenceVariant"))
-    inversion_ms, repetition_ms = number(header, "InversionTime") or 0.0, number(header, "RepetitionTime") or 0.0
-    keywords = ("SequenceName", "PulseSequenceName", "SeriesDescription", "ProtocolName")
-    names = " ".join(text for keyword in keywords for text in texts(header, keyword)).casefold()
-    by_tags, by_name = "tags (0018,0020) (0018,0021) (0018,0080) (0018,0082)", "name of the sequence"
-    inverted = inversion_ms > 0 or bool({"IR", "MP"} & (kinds | variant))
-    if "SE" in kinds:
-        plain = "GR" not in kinds and not inverted
-        return Known("SE", by_tags) if plain else Known.unknown("spin echo with inversion or gradient echoes")
-    if "GR" in kinds:
-        if (
-            inverted or repetition_ms >= 1000
-        ):  # no steady state has so long a repetition time: it is that of the inversion
-            return Known("MPRAGE", by_tags)
-        if _MPRAGE_NAMES.search(names):
-            return Known("MPRAGE", by_name)
-        if "SP" in variant:
-            return Known("SPGR", by_tags)
-        return Known("SPGR", by_name) if _SPGR_NAMES.search(names) else Known.unknown("gradient echo without spoiling")
-    return Known.unknown(f"{tag('ScanningSequence')} is neither GR nor SE")

@@ -12,14 +12,17 @@ import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 
 from models.agents import find_agent
+from models.quality import Verdict
 from service.core.errors import Permanent, Reason
 from service.core.header import has_contrast, numbers, other_body_part, texts, time_of_day, why_not_t1, words
 from service.core.protocols import Protocol, names_of, stated
 from worker.contrast import DISAGREEMENT, Known, is_standard_dose, read_agent, read_dose, read_weight
+from worker.sequence import describe, judge_likeness
 from worker.study import Series, Study, axes
 from worker.timepoints import are_of_one_visit, hours_apart, span_visits
 
@@ -133,11 +136,20 @@ def _alike(usable: Sequence[Account]) -> list[tuple[Account, Account]]:
     couples = list(itertools.combinations(usable, 2))
     alike = [couple for couple in couples if not _differences(*(one.series for one in couple))]
     if not alike:
-        detail = f"{len(usable)} T1 series, no two alike"
         if len(couples) == 1:
-            detail = "the two T1 series differ in " + ", ".join(_differences(*(one.series for one in couples[0])))
-        raise Permanent(Reason.PAIR_NOT_COMPARABLE, detail)
+            _refuse_unlike(*(one.series for one in couples[0]))
+        raise Permanent(Reason.PAIR_NOT_COMPARABLE, f"{len(usable)} T1 series, no two alike")
     return alike
+
+
+def _refuse_unlike(one: Series, other: Series) -> NoReturn:
+    """Refuse two series, whoever named them, with what they differ in and the figures of their headers."""
+    detail = [f"the two T1 series differ in {', '.join(_differences(one, other))}"]
+    detail += [f"{series.label} is {describe(series)}" for series in (one, other)]
+    figures = judge_likeness(one, other)
+    raise Permanent(
+        Reason.PAIR_NOT_COMPARABLE, "; ".join(detail), report={"quality": [figure.row() for figure in figures]}
+    )
 
 
 def _of_one_visit(alike: Sequence[tuple[Account, Account]]) -> list[tuple[Account, Account]]:
@@ -331,22 +343,18 @@ def _words(series: Series) -> int:
 
 
 def _differences(one: Series, other: Series) -> list[str]:
-    """In which attributes two series are not of the same sequence and geometry; slice count is judged elsewhere."""
-    faulty = bool(one.fault or other.fault)
-    tolerances = {"Rows": 0.0, "Columns": 0.0, "PixelSpacing": 0.02} | dict.fromkeys(
-        ("EchoTime", "RepetitionTime", "InversionTime", "FlipAngle"), 0.1
-    )
+    """In what two series are not of the same sequence and geometry; slice count is judged elsewhere."""
     found = [] if one.unit == other.unit else ["scaling of stored values"]
     for keyword in ("MRAcquisitionType", "ScanningSequence"):
         values = set(texts(one.header, keyword)), set(texts(other.header, keyword))
         if values[0] != values[1] and all(values):
             found.append(keyword)
-    for keyword, tolerance in tolerances.items():
+    for keyword, tolerance in (("Rows", 0.0), ("Columns", 0.0), ("PixelSpacing", 0.02)):
         first, second = numbers(one.header, keyword), numbers(other.header, keyword)
         if len(first) == len(second) and not np.allclose(first, second, rtol=tolerance, atol=0):
             found.append(keyword)
-    if not faulty:
+    if not (one.fault or other.fault):
         turned = np.dot(np.cross(*axes(one.header)), np.cross(*axes(other.header))) < np.cos(np.radians(5))
         turned |= np.dot(axes(one.header)[0], axes(other.header)[0]) < np.cos(np.radians(5))
         found += ["ImageOrientationPatient"] * bool(turned)
-    return found
+    return found + [str(figure) for figure in judge_likeness(one, other) if figure.verdict is Verdict.REFUSE]

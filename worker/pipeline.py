@@ -32,6 +32,7 @@ from worker.acquisition import Acquisition, check_acquisition, read_acquisition
 from worker.pairing import Pair, choose_pair
 from worker.provenance import DerivationContext
 from worker.results import Findings, Outputs, compose
+from worker.sequence import judge_likeness
 from worker.study import read_study
 
 Progress = Callable[[Stage, float], None]
@@ -85,7 +86,7 @@ def run(
     clock.enter(Stage.PREPROCESS, 0.15)
     prepared = _prepare(pair, lambda part: progress(Stage.PREPROCESS, 0.15 + 0.35 * part))
     conditions = acquisition.conditions(prepared)
-    figures = (*judge_pair(prepared), *judge_conditions(conditions))
+    figures = (*judge_likeness(pair.pre, pair.low), *judge_pair(prepared), *judge_conditions(conditions))
     refuse(figures, pair.witnesses)
     clock.enter(Stage.INFER, 0.5)
     signal = _predict(engine, prepared, conditions, lambda part: progress(Stage.INFER, 0.5 + 0.3 * part))
@@ -209,12 +210,7 @@ def refuse(figures: Sequence[Figure], witnesses: Sequence[str] = ()) -> None:
     if shut:
         gate, said = shut
         detail = "; ".join([said, *(witnesses if gate is Gate.ORDER else ())])
-        raise Permanent(GATES[gate], detail, report={"quality": quality_rows(figures)})
-
-
-def quality_rows(figures: Sequence[Figure]) -> list[dict[str, Any]]:
-    """The figures in plain values: name, value, unit, verdict, reason."""
-    return [asdict(figure) | {"verdict": figure.verdict.value} for figure in figures]
+        raise Permanent(GATES[gate], detail, report={"quality": [figure.row() for figure in figures]})
 
 
 def _predict(engine: Engine, prepared: Prepared, conditions: Conditions, progress: Callable[[float], None]) -> Array:
@@ -263,5 +259,5 @@ def _report(
             "rotation_rad_and_shift_mm": [float(p) for p in prepared.pre_to_low.GetParameters()],
             "working_spacing_mm": list(prepared.pre.spacing_mm),
         },
-        "quality": quality_rows(figures),
+        "quality": [figure.row() for figure in figures],
     }

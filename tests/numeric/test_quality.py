@@ -13,10 +13,21 @@ from scipy import ndimage
 
 from models.condition import Conditions
 from models.preprocess import Comparison, Prepared, prepare
-from models.quality import LIMITS, Figure, Gate, Verdict, judge_conditions, judge_pair, judge_signal, refused
+from models.quality import (
+    LIMITS,
+    SENSITIVITY,
+    Figure,
+    Gate,
+    Verdict,
+    judge_conditions,
+    judge_pair,
+    judge_sequences,
+    judge_signal,
+    refused,
+)
 from models.runtime import LinearEngine
 from models.training.phantom import make_phantom
-from models.training.physics import Sequence
+from models.training.physics import Sequence, Tissue, signal
 from models.volume import Array, Volume
 from tests.numeric.phantoms import as_volume, head
 
@@ -50,6 +61,61 @@ def block_means(voxels: Array) -> Array:
 
 def verdicts(figures: tuple[Figure, ...]) -> dict[str, Verdict]:
     return {figure.name: figure.verdict for figure in figures}
+
+
+# Typical protocols, and white and grey matter at 1.5 and 3 T: the middle of models.training.physics.TISSUES.
+PROTOCOLS = {
+    "SPGR": Sequence("SPGR", 0.008, 0.003, 12),
+    "MPRAGE": Sequence("MPRAGE", 2.3, 0.003, 9, 0.9, 0.0072, 176),
+    "SE": Sequence("SE", 0.6, 0.012),
+}
+MATTER = {
+    1.5: (Tissue(0.66, 0.75, 0.060), Tissue(0.785, 1.10, 0.068)),
+    3.0: (Tissue(0.66, 0.925, 0.050), Tissue(0.785, 1.55, 0.0575)),
+}
+
+
+def grey(sequence: Sequence, field_strength_t: float) -> float:
+    """Grey matter without contrast agent, white matter = 1."""
+    white, matter = (float(signal(tissue, sequence, np.zeros(1), 4.0)[0]) for tissue in MATTER[field_strength_t])
+    return matter / white
+
+
+@pytest.mark.parametrize("kind", PROTOCOLS)
+def test_the_sensitivity_of_contrast_to_each_time_and_angle_is_that_of_the_signal_equations(kind: str) -> None:
+    fields = {"RepetitionTime": "tr_s", "InversionTime": "ti_s", "FlipAngle": "flip_deg", "EchoTime": "te_s"}
+    for keyword, name in fields.items():
+        protocol = PROTOCOLS[kind]
+        changed = replace(protocol, **{name: 1.02 * getattr(protocol, name)})
+        slope = max(abs(grey(changed, field) - grey(protocol, field)) / 0.02 for field in MATTER)
+        assert slope == pytest.approx(SENSITIVITY[kind].get(keyword, 0.0), abs=0.02), keyword
+
+
+def test_grey_matter_is_darker_in_mprage_than_in_both_others() -> None:
+    others = [grey(PROTOCOLS[kind], 3.0) for kind in ("SPGR", "SE")]
+    assert grey(PROTOCOLS["MPRAGE"], 3.0) < min(others) - 0.1
+
+
+@pytest.mark.parametrize(
+    ("pre", "low", "changes", "refuses"),
+    [
+        ("MPRAGE", "MPRAGE", {}, set()),
+        ("MPRAGE", "MPRAGE", {"RepetitionTime": 0.02, "EchoTime": 0.04}, set()),  # as scanners fit them to a series
+        ("SPGR", "SPGR", {"RepetitionTime": 0.04, "EchoTime": 0.04}, set()),
+        ("MPRAGE", "MPRAGE", {"RepetitionTime": 0.08, "InversionTime": 0.08}, {"contrast_change"}),
+        ("SPGR", "SPGR", {"RepetitionTime": 0.08, "FlipAngle": 0.08}, set()),  # contrast hardly depends on them
+        (None, "SPGR", {"RepetitionTime": 0.08, "FlipAngle": 0.08}, {"contrast_change"}),  # for all that is known
+        ("SE", "SE", {"EchoTime": 0.2}, {"timing_change"}),
+        ("SPGR", "MPRAGE", {}, {"sequence_class"}),
+        ("SE", "SPGR", {"FlipAngle": 0.8}, {"sequence_class", "timing_change", "contrast_change"}),
+    ],
+)
+def test_sequences_are_judged_by_class_timing_and_the_contrast_that_follows(
+    pre: str | None, low: str | None, changes: dict[str, float], refuses: set[str]
+) -> None:
+    figures = judge_sequences(pre, low, changes)
+    assert {figure.name for figure in figures if figure.verdict is Verdict.REFUSE} == refuses
+    assert ("sequence_class" in verdicts(figures)) == (None not in (pre, low))
 
 
 @pytest.mark.parametrize("stripped", [True, False], ids=["skull-stripped", "full head"])
@@ -173,7 +239,12 @@ def test_a_signal_that_cannot_be_is_refused_whichever_engine_made_it(value: floa
 def test_every_figure_has_a_unit_a_verdict_and_a_reason_and_every_limit_is_measured() -> None:
     prepared = like(stripped=True)
     signal = np.zeros_like(prepared.pre.voxels)
-    rows = (*judge_pair(prepared), *judge_conditions(CONDITIONS), *judge_signal(signal, prepared, CONDITIONS))
+    rows = (
+        *judge_sequences("SPGR", "SPGR", {"EchoTime": 0.0}),
+        *judge_pair(prepared),
+        *judge_conditions(CONDITIONS),
+        *judge_signal(signal, prepared, CONDITIONS),
+    )
     assert [row.name for row in rows] == list(LIMITS)
     assert all(row.unit and row.reason and isinstance(row.value, float) for row in rows)
 

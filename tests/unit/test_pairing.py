@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from service.core.protocols import Protocol
 from tests.factories import SyntheticPair, as_enhanced, encode, make_pair, uid
 from worker.pairing import Pair, choose_pair
 from worker.pipeline import _image_witness
-from worker.study import Study, read_study
+from worker.sequence import judge_likeness
+from worker.study import Study, find_files, read_study
 
 
 def study_of(folder: Path, *series: Sequence[Dataset]) -> Study:
@@ -55,6 +57,11 @@ RULES = (
     Protocol(name="before", series_description="*_a", role="pre"),
     Protocol(name="after", series_description="*_b", role="low"),
 )
+
+
+def halves(**options: Any) -> tuple[list[Dataset], list[Dataset]]:
+    pair = healthy(**options)
+    return pair.pre, pair.low
 
 
 def healthy(**options: Any) -> SyntheticPair:
@@ -267,6 +274,75 @@ def test_series_of_different_sequence_or_geometry_are_no_pair(tmp_path: Path, ch
     error = refused(study_of(tmp_path, pair.pre, pair.low))
     assert error.reason is Reason.PAIR_NOT_COMPARABLE
     assert next(iter(changes)) in error.detail
+
+
+FSPGR = {"sequence": "SPGR", "vendor": "ge", "pre_description": "SAG 3D FSPGR", "low_description": "SAG 3D FSPGR +C"}
+AS_FLASH = {
+    "SeriesDescription": "t1_fl3d_KM",
+    "ProtocolName": "t1_fl3d_KM",
+    "SequenceName": "*fl3d1",
+    "ScanningSequence": "GR",
+    "SequenceVariant": "SP",
+    "InversionTime": None,
+    "RepetitionTime": "8.2",
+    "EchoTime": "3.2",
+    "FlipAngle": "12",
+}
+
+
+@pytest.mark.parametrize("named", [{}, {"pre_series_uid": uid(0, "pre"), "low_series_uid": uid(0, "low")}])
+@pytest.mark.parametrize(
+    ("options", "figures"),
+    [
+        (FSPGR | {"low_changes": {"InversionTime": "450"}}, {"sequence_class"}),  # all else is alike
+        ({"low_changes": AS_FLASH}, {"sequence_class", "timing_change", "contrast_change"}),
+        ({"low_changes": {"InversionTime": "830", "RepetitionTime": "2130"}}, {"contrast_change"}),
+    ],
+)
+def test_unlike_sequences_are_refused_with_their_figures_whoever_named_them(
+    tmp_path: Path, options: dict[str, Any], figures: set[str], named: dict[str, str]
+) -> None:
+    pair = healthy(**options)
+    error = refused(study_of(tmp_path, pair.pre, pair.low), **named)
+    assert error.reason is Reason.PAIR_NOT_COMPARABLE
+    assert {row["name"] for row in error.report["quality"] if row["verdict"] == "refuse"} == figures
+    assert all(f"{figure} is " in error.detail for figure in figures)
+    assert "series 9 is " in error.detail
+
+
+def test_a_like_series_is_preferred_to_an_unlike_one(tmp_path: Path) -> None:
+    pair = healthy()
+    fast = another(pair.low, "fast", SeriesNumber="7", InversionTime="700")
+    assert chosen(tmp_path, pair.pre, fast, pair.low) == ("series 4", "series 9")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"low_changes": {"EchoTime": "3.05", "RepetitionTime": "2310"}},  # what a scanner fits to each series
+        {"sequence": "SPGR", "vendor": "ge", "pre_description": "Sag BRAVO", "low_description": "Sag T1 POST"},
+        {"low_changes": {"InversionTime": None}},  # stated once, and the class is plain without it
+    ],
+)
+def test_a_like_pair_passes_whatever_its_headers_say_in_other_words(tmp_path: Path, options: dict[str, Any]) -> None:
+    pair = choose_pair(study_of(tmp_path, *halves(**options)))
+    assert {figure.verdict for figure in judge_likeness(pair.pre, pair.low)} == {Verdict.PASS}
+
+
+def test_a_real_like_pair_passes_and_as_another_sequence_is_refused(tmp_path: Path) -> None:
+    archive = Path(__file__).parents[3] / "shared" / "data" / "tcga-du-7294-lowdose33.zip"
+    if not archive.exists():
+        pytest.skip("the real case is not beside this checkout")
+    zipfile.ZipFile(archive).extractall(tmp_path)
+    study = read_study(find_files(tmp_path))
+    pair = choose_pair(study)
+    assert {figure.verdict for figure in judge_likeness(pair.pre, pair.low)} == {Verdict.PASS}
+    for plane in pair.low.planes:
+        for keyword, value in AS_FLASH.items():
+            setattr(plane.header, keyword, value)
+    error = refused(study, pre_series_uid=pair.pre.series_uid, low_series_uid=pair.low.series_uid)
+    assert error.reason is Reason.PAIR_NOT_COMPARABLE
+    assert "series 9 is SPGR, RepetitionTime 8.2, EchoTime 3.2, FlipAngle 12" in error.detail
 
 
 def test_one_series_with_philips_floating_point_scaling_and_one_without_are_no_pair(tmp_path: Path) -> None:
