@@ -42,10 +42,11 @@ class Computed:
 
 
 class Computation:
-    """Stands in for the pipeline: gives two derived instances of each kind, after whatever a test wants to happen."""
+    """Stands in for the pipeline: gives `series`, or two images of SD and SD+, after whatever a test wants to happen."""
 
     def __init__(self) -> None:
         self.before: Callable[[Progress], None] = lambda _: None
+        self.series: dict[str, list[Dataset]] = {}
         self.paths: list[Path] = []
         self.calls = 0
 
@@ -55,7 +56,7 @@ class Computation:
         progress(Stage.READ, 0.1)
         self.before(progress)
         progress(Stage.INFER, 0.6)
-        return Computed({"sd": self.derived("sd"), "sd_plus": self.derived("sd_plus")})
+        return Computed(self.series or {kind: self.derived(kind) for kind in ("sd", "sd_plus")})
 
     def derived(self, kind: str) -> list[Dataset]:
         datasets = [pydicom.dcmread(self.paths[0]), pydicom.dcmread(self.paths[0])]

@@ -17,7 +17,7 @@ from pynetdicom.association import Association
 from service.commitment import MOST_TRIES, Commitment
 from service.core.commitment import PUSH_MODEL, PUSH_MODEL_INSTANCE, Reference, Report, Request
 from service.core.errors import Reason
-from service.core.job import State
+from service.core.job import Kind, State
 from service.core.ledger import Ledger
 from service.core.settings import CommitmentRequestor
 from service.intake import Intake
@@ -25,7 +25,10 @@ from service.listener import Listener
 from tests.conftest import Clock
 from tests.factories import uid, write_study
 from tests.peers import EXPLICIT_VR_LITTLE_ENDIAN, MR_IMAGE_STORAGE, free_port, running_orthanc, running_scp, wait_until
+from tests.spec.test_derived import paired
+from tests.spec.test_results import ALL, findings_of
 from tests.unit.test_worker import PAIR, Site
+from worker.results import compose
 
 COMMITTING = {"storage_commitment": True, "commitment_wait_seconds": 0}
 HOUR = 3600.0
@@ -142,14 +145,19 @@ def later(site: Site, job_id: str, seconds: float) -> State:
 # --- as SCU -----------------------------------------------------------------------------------------------------------
 
 
-def test_orthanc_commits_itself_on_an_association_of_its_own(tmp_path: Path, make_site: Callable[..., Site]) -> None:
+def test_orthanc_commits_itself_to_every_kind_of_result_on_an_association_of_its_own(
+    tmp_path: Path, make_site: Callable[..., Site]
+) -> None:
     port = free_port()
     with running_orthanc(tmp_path / "orthanc", DicomModalities={"lowgad": ["LOWGAD", "127.0.0.1", port]}) as orthanc:
         site = make_site(orthanc.dicom_port, destination={"ae_title": "ORTHANC"})
+        site.computation.series = compose(findings_of(paired(tmp_path / "in")), ALL)
         with listening(site, port):
             job_id = delivered(site)
             wait_until(lambda: site.job(job_id).state is State.COMMITTED, what="the commitment")
-        assert orthanc.sop_instance_uids() == {row.sop_instance_uid for row in site.ledger.deliveries(job_id)}
+        rows = site.ledger.deliveries(job_id)
+        assert orthanc.sop_instance_uids() == {row.sop_instance_uid for row in rows}
+    assert {(row.kind, row.commitment.value) for row in rows} == {(kind.value, "COMMITTED") for kind in Kind}
     assert site.states(job_id)[-2:] == [State.DELIVERED, State.COMMITTED]
     assert site.ledger.history(job_id)[-1].actor == "dimse:ORTHANC"
     assert site.ledger.due(0) == []
