@@ -7,6 +7,7 @@ from functools import lru_cache
 import numpy as np
 
 from models.agents import BY_NAME
+from models.preprocess import Prepared, prepare
 from models.training.phantom import Phantom, Scenario, make_phantom
 from models.training.physics import Sequence
 from models.volume import Array, Volume
@@ -35,3 +36,10 @@ def as_volume(voxels: Array, spacing_mm: float = 2.0) -> Volume:
     affine = np.diag([spacing_mm] * 3 + [1.0])
     affine[:3, 3] = [-(n - 1) * spacing_mm / 2 for n in voxels.shape[::-1]]
     return Volume(voxels.astype(np.float32), affine)
+
+
+@lru_cache(maxsize=2)
+def prepared_head(*, stripped: bool) -> Prepared:
+    """The pair of `head`, prepared once for all tests that only look at it."""
+    phantom = head(stripped=stripped)
+    return prepare(as_volume(phantom.pre), as_volume(phantom.low))

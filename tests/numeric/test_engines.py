@@ -16,7 +16,6 @@ from scipy import ndimage
 
 from models.card import DEFAULT_MODEL, ZOO, ModelError, read_card
 from models.condition import DOSE_INDEX, HEADROOM, NAMES, UNKNOWN_DOSE_FRACTION, Conditions, vector
-from models.preprocess import prepare
 from models.quality import Verdict, judge_conditions
 from models.runtime import (
     CUDA,
@@ -30,7 +29,7 @@ from models.runtime import (
     upper_bound,
 )
 from models.volume import Array
-from tests.numeric.phantoms import as_volume, head
+from tests.numeric.phantoms import head, prepared_head
 
 MODEL = ZOO / DEFAULT_MODEL
 
@@ -111,8 +110,7 @@ def test_tiles_and_the_whole_volume_agree(engine: NetworkEngine) -> None:
 
 
 def test_a_lesion_in_a_phantom_is_predicted_and_quiet_brain_stays_quiet(engine: NetworkEngine) -> None:
-    phantom = head(stripped=True)
-    prepared = prepare(as_volume(phantom.pre), as_volume(phantom.low))
+    phantom, prepared = head(stripped=True), prepared_head(stripped=True)
     signal = prepared.signal_on_pre(engine.predict(prepared, conditions())) / prepared.scale
     lesion = (phantom.lesion_labels > 0) & (phantom.enhancement > 0.3)
     quiet = ndimage.distance_transform_edt(phantom.enhancement < 0.01) > 3
@@ -121,8 +119,7 @@ def test_a_lesion_in_a_phantom_is_predicted_and_quiet_brain_stays_quiet(engine: 
 
 
 def test_the_linear_engine_divides_by_the_dose_and_needs_it() -> None:
-    phantom = head(stripped=True)
-    prepared = prepare(as_volume(phantom.pre), as_volume(phantom.low))
+    prepared = prepared_head(stripped=True)
     half, full = (LinearEngine().predict(prepared, conditions(dose)) for dose in (0.05, 0.1))
     assert half.max() == pytest.approx(2 * full.max(), rel=1e-5)
     with pytest.raises(UnknownDoseError):
@@ -136,8 +133,7 @@ def test_a_dose_far_below_what_was_trained_is_refused(fraction: float, verdict: 
 
 
 def test_a_network_without_the_bound_is_caught() -> None:
-    phantom = head(stripped=True)
-    prepared = prepare(as_volume(phantom.pre), as_volume(phantom.low))
+    prepared = prepared_head(stripped=True)
 
     class Unbounded(NetworkEngine):
         """As a site might bring it: paints everywhere."""
@@ -286,8 +282,7 @@ def sign(folder: Path) -> None:
 
 
 def test_another_dose_is_in_proportion_and_never_beyond_the_bound() -> None:
-    phantom = head(stripped=True)
-    prepared = prepare(as_volume(phantom.pre), as_volume(phantom.low))
+    prepared = prepared_head(stripped=True)
     signal = LinearEngine().predict(prepared, conditions())
     assert at_dose(signal, prepared, conditions(), 1.0) is signal
     assert np.allclose(at_dose(signal, prepared, conditions(), 0.5), signal / 2)

@@ -12,7 +12,7 @@ from scipy.spatial.transform import Rotation
 
 from models.preprocess import RegistrationError, compare, prepare, symmetric_gain
 from models.volume import Array, Volume
-from tests.numeric.phantoms import as_volume, head
+from tests.numeric.phantoms import as_volume, head, prepared_head
 
 
 def turned(volume: Volume, degrees: float, shift_mm: float) -> Volume:
@@ -42,7 +42,7 @@ def test_an_empty_low_dose_image_cannot_be_aligned() -> None:
 
 def test_preparing_the_same_pair_twice_gives_the_same_bits() -> None:
     phantom = head(stripped=True)
-    one, other = (prepare(as_volume(phantom.pre), as_volume(phantom.low)) for _ in range(2))
+    one, other = prepared_head(stripped=True), prepare(as_volume(phantom.pre), as_volume(phantom.low))
     assert np.array_equal(one.comparison.subtraction, other.comparison.subtraction)
     assert one.pre_to_low.GetParameters() == other.pre_to_low.GetParameters()
 
@@ -103,9 +103,7 @@ def test_a_signal_returns_to_the_low_dose_image_through_the_motion_that_was_undo
 
 
 def test_a_signal_goes_to_the_pre_contrast_grid_unchanged_and_is_zero_elsewhere() -> None:
-    phantom = head(stripped=True)
-    pre = as_volume(phantom.pre)
-    prepared = prepare(pre, as_volume(phantom.low))
+    prepared, pre = prepared_head(stripped=True), as_volume(head(stripped=True).pre)
     signal = np.zeros_like(prepared.pre.voxels)
     signal[20, 30, 25] = 0.5
     native = prepared.signal_on_pre(signal)
@@ -127,11 +125,11 @@ def test_a_signal_goes_back_through_gain_and_motion_to_the_low_dose_grid() -> No
 
 def test_a_finer_grid_is_worked_on_at_one_millimetre_and_carried_back() -> None:
     phantom = head(stripped=True)
-    # Every 2 mm voxel stored as 4 x 4 voxels of 0.5 mm in-plane.
-    pre, low = (np.repeat(np.repeat(v, 4, 1), 4, 2) for v in (phantom.pre, phantom.low))
-    affine = np.diag([0.5, 0.5, 2.0, 1.0])
-    affine[:3, 3] = [-(n - 1) * s / 2 for n, s in zip(pre.shape[::-1], (0.5, 0.5, 2.0), strict=True)]
+    # Every 2 mm voxel stored as four voxels of 0.5 mm along a row.
+    pre, low = (np.repeat(v, 4, axis=2) for v in (phantom.pre, phantom.low))
+    affine = np.diag([0.5, 2.0, 2.0, 1.0])
+    affine[:3, 3] = [-(n - 1) * s / 2 for n, s in zip(pre.shape[::-1], (0.5, 2.0, 2.0), strict=True)]
     fine = [Volume(v.astype(np.float32), affine) for v in (pre, low)]
     prepared = prepare(*fine)
-    assert prepared.pre.spacing_mm == pytest.approx((1.0, 1.0, 2.0))
+    assert prepared.pre.spacing_mm == pytest.approx((1.0, 2.0, 2.0))
     assert prepared.signal_on_pre(prepared.support).shape == fine[0].voxels.shape

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 from scipy import ndimage
 
 from models.condition import Conditions
-from models.preprocess import Comparison, Prepared, prepare
+from models.preprocess import Comparison, prepare
 from models.quality import (
     LIMITS,
     SENSITIVITY,
@@ -29,17 +28,11 @@ from models.runtime import LinearEngine
 from models.training.phantom import make_phantom
 from models.training.physics import Sequence, Tissue, signal
 from models.volume import Array, Volume
-from tests.numeric.phantoms import as_volume, head
+from tests.numeric.phantoms import as_volume, head, prepared_head
 
 TRUTH = Path(__file__).parents[3] / "shared" / "data" / "tcga-du-7294-truth.npz"
 SPIN_ECHO = Sequence("SE", 0.55, 0.010)
 CONDITIONS = Conditions(3.0, "gadobutrol", 0.033, "MPRAGE", 0.03, (0.35, 0.25, 0.15), (2.0, 2.0, 2.0))
-
-
-@lru_cache(maxsize=2)
-def like(*, stripped: bool) -> Prepared:
-    phantom = head(stripped=stripped)
-    return prepare(as_volume(phantom.pre), as_volume(phantom.low))
 
 
 def real_pair() -> tuple[Array, Array]:
@@ -120,7 +113,7 @@ def test_sequences_are_judged_by_class_timing_and_the_contrast_that_follows(
 
 @pytest.mark.parametrize("stripped", [True, False], ids=["skull-stripped", "full head"])
 def test_a_pair_of_like_sequences_passes_every_limit(stripped: bool) -> None:
-    assert set(verdicts(judge_pair(like(stripped=stripped))).values()) == {Verdict.PASS}
+    assert set(verdicts(judge_pair(prepared_head(stripped=stripped))).values()) == {Verdict.PASS}
 
 
 def inverted(low: Array, brain: Array) -> Array:
@@ -148,7 +141,7 @@ def test_a_pair_with_inverted_contrast_is_refused() -> None:
 def test_a_pair_whose_series_changed_places_is_refused_and_the_right_order_passes() -> None:
     phantom = head(stripped=False)
     swapped = judge_pair(prepare(as_volume(phantom.low), as_volume(phantom.pre)))
-    assert verdicts(judge_pair(like(stripped=False)))["darkening"] is Verdict.PASS
+    assert verdicts(judge_pair(prepared_head(stripped=False)))["darkening"] is Verdict.PASS
     shut = refused(swapped)
     assert shut is not None
     assert shut[0] is Gate.ORDER
@@ -177,7 +170,7 @@ def test_a_real_head_with_the_same_contrast_after_injection_passes() -> None:
 
 
 def test_a_low_dose_image_that_ends_in_the_brain_is_refused() -> None:
-    prepared = like(stripped=True)
+    prepared = prepared_head(stripped=True)
     low = prepared.native_low
     half = Volume(low.voxels[:40], low.affine)
     assert verdicts(judge_pair(replace(prepared, native_low=half)))["brain_in_low"] is Verdict.REFUSE
@@ -193,13 +186,13 @@ def test_a_low_dose_image_that_ends_in_the_brain_is_refused() -> None:
 def test_what_makes_a_pair_unfit_is_refused_by_its_own_figure(
     name: str, change: Callable[[Comparison], Comparison]
 ) -> None:
-    prepared = like(stripped=True)
+    prepared = prepared_head(stripped=True)
     changed = replace(prepared, comparison=change(prepared.comparison))
     assert [figure.name for figure in judge_pair(changed) if figure.verdict is Verdict.REFUSE] == [name]
 
 
 def test_a_gain_that_differs_between_the_sides_of_the_brain_is_refused() -> None:
-    prepared = like(stripped=True)
+    prepared = prepared_head(stripped=True)
     field = np.full(prepared.brain.shape, 0.88, np.float32)
     field[:, :, : field.shape[2] // 2] = 1.12
     changed = replace(prepared, comparison=replace(prepared.comparison, gain_field=field))
@@ -216,7 +209,7 @@ def test_a_condition_that_is_unknown_has_no_figure() -> None:
 
 
 def test_a_signal_of_the_linear_engine_passes() -> None:
-    prepared = like(stripped=True)
+    prepared = prepared_head(stripped=True)
     signal = LinearEngine().predict(prepared, CONDITIONS)
     assert set(verdicts(judge_signal(signal, prepared, CONDITIONS)).values()) == {Verdict.PASS}
 
@@ -226,7 +219,7 @@ def test_a_signal_of_the_linear_engine_passes() -> None:
     [(np.nan, 40, "not_finite"), (-0.1, 40, "not_finite"), (0.3, 0, "outside_support"), (50.0, 40, "bound_use")],
 )
 def test_a_signal_that_cannot_be_is_refused_whichever_engine_made_it(value: float, place: int, name: str) -> None:
-    prepared = like(stripped=True)
+    prepared = prepared_head(stripped=True)
     signal = np.zeros_like(prepared.pre.voxels)
     signal[place, place, place] = value
     figures = judge_signal(signal, prepared, CONDITIONS)
@@ -237,7 +230,7 @@ def test_a_signal_that_cannot_be_is_refused_whichever_engine_made_it(value: floa
 
 
 def test_every_figure_has_a_unit_a_verdict_and_a_reason_and_every_limit_is_measured() -> None:
-    prepared = like(stripped=True)
+    prepared = prepared_head(stripped=True)
     signal = np.zeros_like(prepared.pre.voxels)
     rows = (
         *judge_sequences("SPGR", "SPGR", {"EchoTime": 0.0}),

@@ -42,7 +42,7 @@ class Computed:
 
 
 class Computation:
-    """Stands in for the pipeline: gives `series`, or two images of SD and SD+, after whatever a test wants to happen."""
+    """Stands in for the pipeline: gives `series`, or two images of SD and SD+, after what a test wants to happen."""
 
     def __init__(self) -> None:
         self.before: Callable[[Progress], None] = lambda _: None
