@@ -121,7 +121,7 @@ TABLE: tuple[Row, ...] = (
            "C.8.3.1", otherwise=""),
     *_copy("InversionTime FlipAngle MagneticFieldStrength ImagingFrequency ImagedNucleus NumberOfAverages",
            "how the source was acquired", "C.8.3.1"),
-    *_copy("AcquisitionDate AcquisitionTime", "when the source was acquired", "C.7.6.1"),
+    *_copy("AcquisitionDate AcquisitionTime AcquisitionDateTime", "when the source was acquired", "C.7.6.1"),
     *_copy("AcquisitionNumber", "when the source was acquired", "C.7.6.1", otherwise=""),
     *_derive("ContrastBolusAgent", "the agent really injected, as the low-dose series writes it", "C.7.6.4"),
     *_derive("ContrastBolusAgentSequence", "the codes of the agent really injected", "C.7.6.4"),

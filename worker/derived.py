@@ -80,10 +80,16 @@ def _of_series(source: Series, other: Series, low: Series, context: DerivationCo
     """What the images of one series share beside what all results share."""
     return {
         "ImageType": ["DERIVED", "SECONDARY", "OTHER", context.mark.replace(" ", "_")],
-        "ContrastBolusAgent": " ".join(texts(low.header, "ContrastBolusAgent"))[:64] or context.agent or "",
+        "ContrastBolusAgent": _agent_text(low.header) or context.agent or "",
         "ContrastBolusAgentSequence": _agent_codes(low.header) or None,
         **lossy([source, other]),
     }
+
+
+def _agent_text(low_header: Dataset) -> str | bytes:
+    """The agent's text in one value; as it is written where it is not in the stated character set."""
+    written = low_header.get("ContrastBolusAgent")
+    return written if isinstance(written, bytes) else " ".join(texts(low_header, "ContrastBolusAgent"))[:64]
 
 
 def _agent_codes(low_header: Dataset) -> list[Dataset]:

@@ -19,7 +19,7 @@ import numpy as np
 from models.agents import find_agent
 from models.quality import Verdict
 from service.core.errors import Permanent, Reason
-from service.core.header import has_contrast, numbers, other_body_part, texts, time_of_day, why_not_t1, words
+from service.core.header import date_and_time, has_contrast, numbers, other_body_part, texts, why_not_t1, words
 from service.core.protocols import Protocol, names_of, stated
 from worker.contrast import DISAGREEMENT, Known, is_standard_dose, read_agent, read_dose, read_weight
 from worker.sequence import describe, judge_likeness
@@ -312,12 +312,8 @@ def _site_vote(pre: Account, low: Account) -> tuple[int, str]:
 def _order(first: Series, second: Series) -> int:
     """+1 when `first` was acquired before `second`, -1 when after, 0 when the headers do not tell."""
     for event in ("Acquisition", "Series", "Content"):
-        date, clock = f"{event}Date", f"{event}Time"
-        starts = [
-            min((*texts(plane.header, date), time_of_day(plane.header, clock)) for plane in series.planes)
-            for series in (first, second)
-        ]
-        if all(len(start) == 2 and start[1] for start in starts):
+        starts = [min(date_and_time(plane.header, event) for plane in series.planes) for series in (first, second)]
+        if all(date and clock for date, clock in starts):
             return int(starts[0] < starts[1]) - int(starts[0] > starts[1])
     return 0
 

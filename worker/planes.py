@@ -11,7 +11,6 @@ Must never decode pixels before their size is bounded, inflate a deflated data s
 from __future__ import annotations
 
 import math
-import re
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from pydicom import dcmread
-from pydicom.charset import convert_encodings
 from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.filereader import read_file_meta_info
@@ -33,7 +31,7 @@ from pydicom.valuerep import VR, PersonName, format_number_as_ds
 
 from service.core.accepted import DAMAGE, SOP_CLASSES, TRANSFER_SYNTAXES
 from service.core.errors import Permanent, Reason
-from service.core.header import administered_agents, items, number, texts
+from service.core.header import acquisition_date_and_time, administered_agents, items, number, texts
 
 _MAX_SIDE = 2048
 _MAX_FRAMES = 4096
@@ -140,9 +138,7 @@ def _parse(path: Path) -> FileDataset:
         # A few deflated kilobytes can become gigabytes: refused before a byte is inflated.
         raise Permanent(Reason.UNSUPPORTED_OBJECT, f"transfer syntax {syntax.name}")
     dataset = dcmread(path, stop_before_pixels=not wanted)
-    name = dataset.get_item("PatientName")
     _convert(dataset)
-    _keep_undecodable(dataset, name)
     if syntax in _LOSSY and not texts(dataset, "LossyImageCompression"):
         dataset.LossyImageCompression, dataset.LossyImageCompressionMethod = "01", _LOSSY[syntax]
     for keyword in ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID") if wanted else ():
@@ -157,16 +153,24 @@ def _convert(dataset: Dataset) -> None:
     Private elements are left alone: vendors write some that break rules, and that is no reason to refuse an image.
     """
     for tag in [tag for tag in dataset.keys() if not tag.is_private and tag != _PIXEL_DATA]:  # noqa: SIM118 a Dataset iterates over elements
+        written = dataset.get_item(tag)
         element = dataset[tag]
+        if element.VR in _TEXT and isinstance(written, RawDataElement) and _REPLACEMENT in str(element.value):
+            _keep_bytes(dataset, element, written.value or b"")
         for item in element.value if element.VR == VR.SQ else ():
             _convert(item)
 
 
-def _keep_undecodable(dataset: Dataset, written: DataElement | RawDataElement | None) -> None:
-    """Keep the bytes of a name that is not in the stated character set: another name would be another patient."""
-    if written is not None and isinstance(written.value, bytes) and _REPLACEMENT in str(dataset.get("PatientName", "")):
-        encodings = convert_encodings(dataset.get("SpecificCharacterSet", ""))
-        dataset.PatientName = PersonName(written.value.rstrip(b" "), encodings)
+_TEXT = {VR.LO, VR.LT, VR.PN, VR.SH, VR.ST, VR.UC, VR.UT}  # in the Specific Character Set (PS3.5 section 6.1.2.3)
+
+
+def _keep_bytes(dataset: Dataset, element: DataElement, written: bytes) -> None:
+    """Keep text that is not in the stated character set as it is written: another name would be another patient."""
+    value: bytes | PersonName = written.rstrip(b" ")
+    if element.VR == VR.PN:
+        first = element.value[0] if element.VM > 1 else element.value
+        value = PersonName(value, first.encodings)
+    dataset[element.tag] = DataElement(element.tag, element.VR, value, already_converted=True)
 
 
 def _bounded_pixels(dataset: Dataset, path: Path) -> _Pixels:
@@ -245,10 +249,9 @@ def _name_as_classic(header: Dataset) -> None:
             setattr(header, classic, texts(header, enhanced))
     if texts(header, "EchoPulseSequence") and not texts(header, "ScanningSequence"):
         header.ScanningSequence, header.SequenceVariant = _scanning_sequence(header)
-    moment = next(iter(texts(header, "FrameAcquisitionDateTime") or texts(header, "AcquisitionDateTime")), "")
-    if len(moment) >= 14:
-        clock = re.split(r"[+-]", moment)[0]  # the offset from UTC is a suffix
-        header.AcquisitionDate, header.AcquisitionTime = clock[:8], clock[8:]
+    date, clock = acquisition_date_and_time(header)
+    if len(clock) >= 6:
+        header.AcquisitionDate, header.AcquisitionTime = date, clock
     _name_contrast_as_classic(header)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import highdicom
 import numpy as np
 import numpy.typing as npt
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence as DicomSequence
 from pydicom.sr.codedict import codes
@@ -221,6 +222,10 @@ def _equipment(header: Dataset, context: DerivationContext, moment: datetime) ->
         institution_name=cut("InstitutionName", 64),
         station_name=cut("StationName", 16),
     )
+    for element in scanner:
+        written = header.get(element.keyword)
+        if isinstance(written, bytes):  # text that is not in the stated character set
+            scanner[element.tag] = DataElement(element.tag, element.VR, written)
     ours = highdicom.ContributingEquipment(
         manufacturer=PRODUCT_NAME,
         purpose_of_reference=codes.DCM.SynthesizingEquipment,

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 
 from pydicom.dataset import Dataset
 
-from service.core.header import texts, time_of_day
+from service.core.header import date_and_time
 from worker.study import Series
 
 LONGEST_BREAK = timedelta(hours=2)  # between two series of one visit; few stay in a scanner as long as that
@@ -50,8 +50,8 @@ def span_visits(series: Iterable[Series]) -> bool:
 
 def _moment(header: Dataset, event: str) -> datetime | None:
     """Fractions of seconds and zones do not matter here; the planes of Enhanced MR have date and time, too."""
-    written = "".join(texts(header, f"{event}Date")[:1]).replace(".", "") + time_of_day(header, f"{event}Time")[:6]
+    date, clock = date_and_time(header, event)
     try:
-        return datetime.strptime(written, "%Y%m%d%H%M%S")  # noqa: DTZ007  both series are in the scanner's zone
+        return datetime.strptime(date + clock[:6], "%Y%m%d%H%M%S")  # noqa: DTZ007  both series are in the scanner's zone
     except ValueError:
         return None

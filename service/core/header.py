@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,11 +42,14 @@ def _groups(header: Dataset) -> Iterator[Dataset]:
 
 
 def texts(header: Dataset, keyword: str) -> list[str]:
-    """All values of an element as stripped text, empty ones left out."""
+    """All values of an element as stripped text, empty ones left out.
+
+    Text that its reader kept as bytes, since it is not in the stated character set, comes with a letter for each byte.
+    """
     value: Any = next(values(header, keyword), None)
-    several = isinstance(value, MultiValue | list)
-    found = [str(item).strip() for item in (value if several else [value]) if item is not None]
-    return [text for text in found if text]
+    several = value if isinstance(value, MultiValue | list) else [value]
+    found = [item.decode("latin-1") if isinstance(item, bytes) else str(item) for item in several if item is not None]
+    return [text.strip() for text in found if text.strip()]
 
 
 def numbers(header: Dataset, keyword: str) -> list[float]:
@@ -85,7 +89,10 @@ def is_synthetic(header: Dataset) -> bool:
     return "YES" in _set_of(header, "SyntheticData") or PRODUCT_NAME in makers or marked
 
 
-_NO_AGENT = frozenset({"", "-", "0", "n", "nein", "nil", "no", "no contrast", "none", "nativ", "native", "without"})
+_NO_AGENT = frozenset(
+    {"", "-", "0", "n", "nein", "nil", "no", "no contrast", "none", "nativ", "native", "without"}
+    | {"なし", "無し", "無", "无"}
+)
 
 
 def has_contrast(header: Dataset) -> bool:
@@ -119,20 +126,52 @@ def administered_agents(header: Dataset) -> list[Dataset]:
 
 
 def _precedes_injection(header: Dataset) -> bool:
-    started, acquired = (time_of_day(header, f"{event}Time") for event in ("ContrastBolusStart", "Acquisition"))
+    (_, started), (_, acquired) = (date_and_time(header, event) for event in ("ContrastBolusStart", "Acquisition"))
     return bool(started and acquired and acquired < started)
 
 
-def time_of_day(header: Dataset, keyword: str) -> str:
-    """A time (HHMMSS.FFFFFF) as text that sorts; empty when unknown."""
-    written = "".join(texts(header, keyword)[:1]).replace(":", "")
-    return f"{float(written.ljust(6, '0')):013.6f}" if re.fullmatch(r"\d{2,6}(\.\d*)?", written) else ""
+def date_and_time(header: Dataset, event: str) -> tuple[str, str]:
+    """Date (YYYYMMDD) and time (HHMMSS.FFFFFF) of an event as text that sorts; empty what is unknown.
+
+    An acquisition may have both in Acquisition DateTime alone (PS3.3 C.7.6.1), or in that of the frame.
+    """
+    date, clock = (next(iter(texts(header, f"{event}{part}")), "") for part in ("Date", "Time"))
+    if not clock and event == "Acquisition":
+        date, clock = acquisition_date_and_time(header)
+    clock = clock.replace(":", "")
+    is_time = re.fullmatch(r"\d{2,6}(\.\d*)?", clock)
+    return date.replace(".", ""), f"{float(clock.ljust(6, '0')):013.6f}" if is_time else ""
+
+
+def acquisition_date_and_time(header: Dataset) -> tuple[str, str]:
+    """Date and time as written in the DateTime of the frame or the acquisition, without the offset from UTC."""
+    written = next(iter(texts(header, "FrameAcquisitionDateTime") or texts(header, "AcquisitionDateTime")), "")
+    clock = re.split(r"[+-]", written)[0]
+    return clock[:8], clock[8:]
 
 
 def words(text: str) -> list[str]:
-    """The words of a series description, lower case; digits end a word, `+C` and `w/o` count as words."""
-    return re.findall(r"w/o|\+c\b|\bc\+|\+gd\b|\bgd\+|[^\W\d_]+\d?", text.casefold())
+    """The words of a series description, lower case; digits end a word, `+C` and `w/o` count as words.
 
+    What Japanese and Chinese descriptions say of contrast agent comes as the English word.
+    """
+    plain = unicodedata.normalize("NFKC", text).casefold()
+    for pattern, english in _IN_ENGLISH:
+        plain = pattern.sub(f" {english} ", plain)
+    plain = re.sub(r"[\u3040-\u30ff\u3400-\u9fff]+", r" \g<0> ", plain)  # these scripts have no spaces
+    return re.findall(r"w/o|\+c\b|\bc\+|\+gd\b|\bgd\+|[^\W\d_]+\d?", plain)
+
+
+_AGENT = "(?:造影|显影|顯影|增强|增強|増強)[剤剂劑]?"
+_INJECTION = "(?:注[射药藥]|打[药藥])"
+_BEFORE = "前(?![額额頭头])"  # not the frontal plane or lobe
+_IN_ENGLISH = (
+    (
+        re.compile(rf"[非無无未]{_AGENT}|{_AGENT}\s*(?:なし|無し|{_BEFORE})|{_INJECTION}\s*{_BEFORE}|単純|平[扫掃]"),
+        "unenhanced",
+    ),
+    (re.compile(rf"{_AGENT}(?:\s*[後后])?|{_INJECTION}\s*[後后]"), "enhanced"),
+)
 
 _HEAD = frozenset(
     {"brain", "cerebral", "cerebro", "cerveau", "cranial", "cranio", "crane", "encefalo", "encephale", "gehirn", "head"}

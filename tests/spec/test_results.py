@@ -23,6 +23,7 @@ from service.core.header import is_synthetic
 from service.core.job import Kind
 from tests.factories import as_enhanced, encode, make_pair, write_study
 from tests.spec.test_derived import CONTEXT, errors_of, inconsistencies, needs_dicom3tools, paired, saved
+from worker.acquisition import read_acquisition
 from worker.derived import MR_SERIES
 from worker.pairing import Pair, choose_pair
 from worker.pipeline import refuse
@@ -123,6 +124,28 @@ def test_a_signal_of_nothing_gives_valid_objects_too(tmp_path: Path) -> None:
             assert errors_of(path) == []
     assert not made["segmentation"][0].pixel_array.any()
     assert not made["parametric_map"][0].pixel_array.any()
+
+
+@pytest.mark.filterwarnings("ignore:Failed to decode byte string")
+def test_text_that_is_not_in_its_character_set_keeps_its_bytes_in_every_kind(tmp_path: Path) -> None:
+    """Latin-1 under a header that says UTF-8, as systems in between make it: a replaced letter is another patient."""
+    keywords = ("PatientID", "AccessionNumber", "StudyID", "StudyDescription", "ReferringPhysicianName")
+    latin = dict.fromkeys((*keywords, "InstitutionName"), "Grüße")
+    agent = {"ContrastBolusAgent": "Gadovist für Jörg"}
+    paths = write_study(tmp_path / "in", patient_name="Grüße^Jörg", pre_changes=latin, low_changes=latin | agent)
+    for path in paths:
+        path.write_bytes(path.read_bytes().replace(b"ISO_IR 100", b"ISO_IR 192"))
+    pair = choose_pair(read_study(paths))
+    assert read_acquisition(pair).agent.value == "gadobutrol"
+    originals = dcmread(paths[0]), dcmread(paths[-1])
+    for kind, found in written(tmp_path, compose(findings_of(pair), ALL)).items():
+        own, low = originals[kind is Kind.SD_PLUS], originals[1]
+        for keyword in ("PatientName", *keywords):
+            assert found[0].get_item(keyword).value == own.get_item(keyword).value, (kind, keyword)
+        scanner = found[0].ContributingEquipmentSequence[0]
+        assert scanner.get_item("InstitutionName").value == own.get_item("InstitutionName").value
+        if kind in MR_SERIES:
+            assert found[0].get_item("ContrastBolusAgent").value == low.get_item("ContrastBolusAgent").value
 
 
 # ------------------------------------------------------------------------------------------------ what they show

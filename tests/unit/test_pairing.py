@@ -85,15 +85,22 @@ def test_attributes_times_and_words_that_agree_decide(tmp_path: Path) -> None:
         ("t1 sans gado", "t1 apres gado"),
         ("T1 pre-Gd", "T1 post-Gd"),
         ("Ax BRAVO", "Ax BRAVO Dotarem"),
+        ("頭部 造影前 T1強調", "頭部 造影後 T1強調"),
+        ("脳単純MPRAGE", "脳MPRAGE造影"),
+        ("T1 非造影", "Gd造影\uff34\uff11"),
+        ("T1 造影剤なし", "T1 造影 前額断"),  # the frontal plane
+        ("T1 MPRAGE 平扫", "T1 MPRAGE增强"),
+        ("T1加权 增强前", "T1加权 增强后"),
+        ("3D T1 平掃", "3D T1 打藥後"),
+        ("T1", "T1 增强"),
         ("t1_mpr_ns_sag", "t1_mpr_ns_sag_KM"),  # short for MPRAGE; reformatted images say so in ImageType
     ],
 )
 def test_words_and_times_decide_where_the_console_wrote_the_agent_everywhere(
     tmp_path: Path, pre: str, low: str
 ) -> None:
-    pair = healthy(
-        pre_description=pre, low_description=low, pre_changes={"ContrastBolusAgent": "Gadovist"}, agent="Gadovist"
-    )
+    entered = {"agent": "Gadovist", "pre_changes": {"ContrastBolusAgent": "Gadovist"}}
+    pair = healthy(pre_description=pre, low_description=low, charset="ISO_IR 192", **entered)
     assert chosen(tmp_path, pair.pre, pair.low) == ("series 4", "series 9")
 
 
@@ -108,6 +115,29 @@ def test_the_administered_flag_of_enhanced_mr_outranks_the_agent(tmp_path: Path)
     pre = as_enhanced(pair.pre)
     pre.SharedFunctionalGroupsSequence[0].ContrastBolusUsageSequence[0].ContrastBolusAgentAdministered = "NO"
     assert chosen(tmp_path, [pre], [as_enhanced(pair.low)]) == ("series 4", "series 9")
+
+
+def test_an_examination_that_names_both_in_every_description_says_nothing(tmp_path: Path) -> None:
+    both = {"pre_description": "头颅平扫+增强", "low_description": "头颅平扫+增强", "charset": "ISO_IR 192"}
+    assert "words of the description: silent" in choose_pair(study_of(tmp_path, *halves(**both))).witnesses
+
+
+@pytest.mark.parametrize("word", ["なし", "无", "NONE"])
+def test_an_agent_that_says_none_in_any_language_is_no_contrast(tmp_path: Path, word: str) -> None:
+    pair = halves(pre_changes={"ContrastBolusAgent": word}, charset="ISO_IR 192")
+    witnesses = choose_pair(study_of(tmp_path, *pair)).witnesses
+    assert "contrast attributes: series 4 is pre-contrast" in witnesses
+
+
+@pytest.mark.parametrize("written", ["20240105{}", "20240105{}.120000", "20240105{}.5+0900"])
+def test_an_acquisition_whose_time_stands_in_its_date_and_time_alone_has_a_time(tmp_path: Path, written: str) -> None:
+    changes = [NO_TIMES | {"AcquisitionDateTime": written.format(clock)} for clock in ("100500", "101500")]
+    found = choose_pair(study_of(tmp_path, *halves(pre_changes=changes[0], low_changes=changes[1])))
+    assert "time of acquisition: series 4 is pre-contrast" in found.witnesses
+    late = NO_TIMES | {"AcquisitionDateTime": written.format("140000")}
+    (tmp_path / "late").mkdir()
+    apart = refused(study_of(tmp_path / "late", *halves(pre_changes=changes[0], low_changes=late)))
+    assert apart.reason is Reason.SEVERAL_TIMEPOINTS
 
 
 @pytest.mark.parametrize(
