@@ -3,6 +3,7 @@
 Hides SQL, two databases (SQLite in WAL mode, PostgreSQL) and concurrency. A state changes by one
 `UPDATE ... WHERE state IN (...)`, so of two writers one wins and the other is told; every change leaves a row of
 history. A worker proves that it still owns a job by its attempt number: results of an older attempt change nothing.
+Whoever changes more than one row about a job locks the job's own row first, so no two wait for each other.
 Must never be written around: no other module issues SQL. Must never hold patient data.
 """
 
@@ -534,6 +535,7 @@ class Ledger:
         anything = exists().where(table.c.job_id == job_id)
         again = update(table).where(table.c.job_id == job_id)
         with self._engine.begin() as connection:
+            _hold(connection, job_id)
             self._plan(connection, job_id, deliveries)
             sources = _sources_of(State.DELIVERING)
             row = self._swap(connection, job_id, sources, State.DELIVERING, AFRESH, actor=actor, only_if=anything)
@@ -636,12 +638,11 @@ class Ledger:
         due_at = now + timedelta(seconds=pause_seconds)
         row = {"transaction_uid": transaction_uid, "job_id": job_id, "destination": destination, "asked_at": now}
         row |= {"pause_seconds": pause_seconds, "due_at": due_at}
-        ours = and_(schema.jobs.c.attempt == attempt, schema.jobs.c.state == State.DELIVERED.value)
         refused = and_(table.c.job_id == job_id, table.c.destination == destination)
         refused = and_(refused, table.c.commitment == Commitment.REFUSED.value)
         with self._engine.begin() as connection:
-            held = select(schema.jobs.c.id).where(schema.jobs.c.id == job_id, ours).with_for_update()
-            if connection.execute(held).one_or_none() is None:
+            job = _hold(connection, job_id)
+            if job is None or (job.attempt, job.state) != (attempt, State.DELIVERED.value):
                 return False
             connection.execute(schema.commitments.insert().values(row))
             connection.execute(update(table).where(refused).values(OWED))
@@ -652,11 +653,11 @@ class Ledger:
         """The request arrived: give the destination this long to answer before it is asked again."""
         table = schema.commitments
         change = update(table).where(table.c.transaction_uid == transaction_uid, table.c.answered_at.is_(None))
-        change = change.values(due_at=self._clock() + timedelta(seconds=seconds)).returning(table.c.job_id)
         with self._engine.begin() as connection:
-            row = connection.execute(change).one_or_none()
-            if row is not None:
-                self._settle(connection, row.job_id, ACTOR)
+            asked = _hold_asked(connection, transaction_uid)
+            if asked is not None:
+                connection.execute(change.values(due_at=self._clock() + timedelta(seconds=seconds)))
+                self._settle(connection, asked.job_id, ACTOR)
 
     def transaction(self, transaction_uid: str) -> Transaction | None:
         """A request of ours, answered or not."""
@@ -689,8 +690,7 @@ class Ledger:
         """
         table, now = schema.commitments, self._clock()
         with self._engine.begin() as connection:
-            query = select(table).where(table.c.transaction_uid == transaction_uid).with_for_update()
-            asked = connection.execute(query).one_or_none()
+            asked = _hold_asked(connection, transaction_uid)
             if asked is None:
                 return False
             if asked.answered_at is not None:
@@ -818,9 +818,10 @@ class Ledger:
             connection.execute(asked_long_ago)
         forgotten = 0
         for study_uid in [row.study_uid for row in self._read(query)]:
-            with (
-                self._engine.begin() as connection
-            ):  # asked again: something may have happened while others were deleted
+            with self._engine.begin() as connection:
+                _one_at_a_time(connection, study_uid)
+                connection.execute(select(job.id).where(job.study_uid == study_uid).with_for_update())
+                # Asked again: something may have happened while others were deleted.
                 if connection.execute(query.where(job.study_uid == study_uid)).first():
                     _forget_study(connection, study_uid, before)
                     forgotten += 1
@@ -1038,7 +1039,7 @@ def _insert_new(connection: Connection, table: Table, rows: Sequence[dict[str, A
 
 
 def _one_at_a_time(connection: Connection, study_uid: str) -> None:
-    """Let no other transaction make a job of this study. SQLite has one writer anyway."""
+    """Let no other transaction make or forget a job of this study. SQLite has one writer anyway."""
     if connection.dialect.name == "postgresql":
         key = int.from_bytes(hashlib.sha256(study_uid.encode()).digest()[:8], signed=True)
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
@@ -1076,6 +1077,20 @@ def _choose_committing(connection: Connection, job_id: str, destinations: Collec
     off = update(table).where(of_job, ~among, table.c.commitment.in_(OPEN_VALUES))
     connection.execute(on.values(commitment=Commitment.WANTED.value))
     connection.execute(off.values(commitment=Commitment.NONE.value, failure_reason=None))
+
+
+def _hold(connection: Connection, job_id: str) -> Row[Any] | None:
+    """The job, changed by nobody else until the end of the transaction. SQLite has one writer anyway."""
+    return connection.execute(select(schema.jobs).where(schema.jobs.c.id == job_id).with_for_update()).one_or_none()
+
+
+def _hold_asked(connection: Connection, transaction_uid: str) -> Row[Any] | None:
+    """The request with that Transaction UID, its job held: two answers to one job come one after the other."""
+    query = select(schema.commitments).where(schema.commitments.c.transaction_uid == transaction_uid)
+    asked = connection.execute(query).one_or_none()
+    if asked is None or _hold(connection, asked.job_id) is None:
+        return None
+    return connection.execute(query).one_or_none()  # it may have been answered, or deleted, before the job was ours
 
 
 def _asked_about(asked: Row[Any]) -> ColumnElement[bool]:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from threading import Barrier
 from typing import TypeVar
 
+import psycopg
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
@@ -21,6 +22,7 @@ from service.core.errors import Reason
 from service.core.job import TRANSITIONS, Job, JobOptions, Stage, State
 from service.core.ledger import Added, Delivery, DeliveryStatus, Instance, Ledger
 from tests.conftest import Clock
+from tests.peers import wait_until
 
 T = TypeVar("T")
 
@@ -65,6 +67,35 @@ def at_the_same_time(count: int, action: Callable[[int], T]) -> list[T]:
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(wait_and_act, range(count)))
+
+
+def behind_a_lock(url: str, query: str, *actions: Callable[[], object]) -> list[object]:
+    """Let the actions begin while somebody else locks the rows of `query`, and let them go when all have to wait."""
+    plain, waiting = url.replace("+psycopg", ""), "SELECT count(*) FROM pg_locks WHERE NOT granted"
+    with psycopg.connect(plain) as other, psycopg.connect(plain, autocommit=True) as onlooker:
+        other.execute(f"{query} FOR UPDATE")  # type: ignore[arg-type,unused-ignore]  the words are ours
+        with ThreadPoolExecutor(len(actions)) as pool:
+            begun = []
+            for number, action in enumerate(actions, start=1):
+                begun.append(pool.submit(action))
+                wait_until(lambda number=number: onlooker.execute(waiting).fetchone() == (number,), what="a lock")  # type: ignore[misc]
+            other.rollback()
+            return [future.result(30) for future in begun]
+
+
+def asked(ledger: Ledger, *names: str) -> Job:
+    """A job with a result that was sent to these destinations, and which each was asked to keep as `2.25.<name>`."""
+    job = a_result(ledger, *[replace(row, destination=name) for name in names for row in deliveries("1")])
+    sending = ledger.claim_delivery(job.id, "worker", 60)
+    assert sending is not None
+    for name in names:
+        ledger.record_delivery(job.id, name, "2.25.1", DeliveryStatus.SENT, dimse_status=0)
+    ledger.delivered(job.id, sending.attempt, actor="worker", committing=names)
+    asking = ledger.claim_commitment(job.id, "worker", 60, names)
+    assert asking is not None
+    for name in names:
+        ledger.ask_commitment(job.id, asking.attempt, name, f"2.25.{name}", 60)
+    return asking
 
 
 def states(ledger: Ledger, job: Job) -> list[State]:
@@ -437,6 +468,34 @@ def test_leases_are_kept_by_the_clock_of_the_server(postgres_url: str) -> None:
         assert ledger.expired() == []
     with Ledger.open(postgres_url, lambda: datetime.now(UTC) + timedelta(hours=1, seconds=61)) as later:
         assert [found.id for found in later.expired()] == [job.id]
+
+
+# --- storage commitment -----------------------------------------------------------------------------------------------
+
+
+def test_of_two_destinations_that_commit_themselves_at_the_same_moment_none_is_overlooked(postgres_url: str) -> None:
+    with Ledger.open(postgres_url) as ledger:
+        job = asked(ledger, "one", "two")
+        answers = [
+            lambda name=name: ledger.answer_commitment(f"2.25.{name}", ["2.25.1"], {}, actor=name)
+            for name in ("one", "two")
+        ]
+        behind_a_lock(postgres_url, "SELECT * FROM jobs", *answers)
+        assert states(ledger, job)[-1] is State.COMMITTED
+
+
+def test_a_commitment_that_comes_while_the_job_is_sent_again_stops_neither(postgres_url: str) -> None:
+    with Ledger.open(postgres_url) as ledger:
+        job = asked(ledger, "one")
+        committed, again = behind_a_lock(
+            postgres_url,
+            "SELECT * FROM deliveries",
+            lambda: ledger.answer_commitment("2.25.one", ["2.25.1"], {}, actor="one"),
+            lambda: ledger.resend(job.id, "operator"),
+        )
+        assert committed
+        assert again is not None
+        assert states(ledger, job)[-2:] == [State.COMMITTED, State.DELIVERING]
 
 
 # --- the sweep --------------------------------------------------------------------------------------------------------
