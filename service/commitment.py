@@ -1,16 +1,15 @@
 """Storage commitment at our listener (PS3.4 annex J): the reports of archives, and requests of those who sent to us.
 
-Hides both directions. As SCU: an archive reports on an association of its own; only a transaction that we started, from
-the AE title that we asked, changes anything. As SCP: a request is noted, and answered from a thread of its own on a new
-association to an address that the site file gives. Must never commit to an instance whose bytes were not just read back
-and found whole, and never connect to an address that a message named.
+Hides both directions. As SCU: an archive reports on an association of its own; only a transaction of ours, from the AE
+title that reports for the destination that we asked, changes anything. As SCP: a request is noted, and answered from a
+thread of its own on a new association to an address that the site file gives. Must never commit to an instance whose
+bytes were not just read back and found whole, and never connect to an address that a message named.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -19,32 +18,30 @@ from pynetdicom.association import Association
 from pynetdicom.events import EventHandlerType
 from sqlalchemy.exc import SQLAlchemyError
 
-from service.core.accepted import DAMAGE, TRANSFER_SYNTAXES
+from service.core.accepted import TRANSFER_SYNTAXES
 from service.core.commitment import (
     CLASS_INSTANCE_CONFLICT,
     INVALID_ARGUMENT,
-    NO_SUCH_ACTION,
     NO_SUCH_OBJECT_INSTANCE,
     NOT_AUTHORISED,
     PROCESSING_FAILURE,
     PUSH_MODEL,
     PUSH_MODEL_INSTANCE,
-    REQUEST,
-    RESOURCE_LIMITATION,
     SUCCESS,
     MessageError,
     Reference,
     Report,
-    Request,
+    answering,
+    report_in,
+    request_in,
 )
 from service.core.ledger import CommitmentRequest, Ledger
 from service.core.settings import CommitmentRequestor, Settings
 from service.core.spool import Spool
-from service.core.telemetry import Log
+from service.core.telemetry import Fields, Log
 
 LOG = Log("commitment")
 
-LONGEST_MESSAGE_BYTES = 1 << 25  # about 200 bytes an instance
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 30.0
 CLAIM_SECONDS = 300.0  # for reading the instances back and sending one report
 MOST_TRIES = 12  # of one report
@@ -101,15 +98,12 @@ class Commitment:
 
     def _answer_request(self, event: Any) -> tuple[int, None]:  # pynetdicom has no types
         """N-ACTION: somebody asks us to keep what it sent."""
-        with _answering(event) as answer:
-            ae_title = str(event.assoc.requestor.ae_title).strip()
+        peer = _peer(event)
+        ae_title = peer["ae_title"]
+        with answering(LOG, **peer) as answer:
             if self._requestor(ae_title) is None:
                 raise MessageError(NOT_AUTHORISED, "this AE title is not among commitment_requestors")
-            _refuse_size(event.request.ActionInformation)
-            if event.action_type != REQUEST:
-                raise MessageError(NO_SUCH_ACTION, "unknown action type")
-            _refuse_other_instance(event.request.RequestedSOPInstanceUID)
-            request = Request.of(event.action_information)
+            request = request_in(event)
             if not self._ledger.add_request(ae_title, request):
                 raise MessageError(INVALID_ARGUMENT, "this transaction is known with other instances")
             LOG.info("asked for storage commitment", ae_title=ae_title, count=len(request.references))
@@ -117,22 +111,13 @@ class Commitment:
 
     def _answer_report(self, event: Any) -> tuple[int, None]:
         """N-EVENT-REPORT: an archive says what it keeps of our results."""
-        with _answering(event) as answer:
-            _refuse_size(event.request.EventInformation)
-            _refuse_other_instance(event.request.AffectedSOPInstanceUID)
-            report = Report.of(event.event_type, event.event_information)
-            transaction = self._ledger.transaction(report.transaction_uid)
-            if transaction is None:
-                raise MessageError(INVALID_ARGUMENT, "unknown transaction")
-            destination = self._settings.destination(transaction.destination)
-            ae_title = str(event.assoc.requestor.ae_title).strip()
-            if destination is None or destination.reporting_ae_title != ae_title:
-                raise MessageError(NOT_AUTHORISED, "this AE title was not asked")
-            committed = {item.sop_instance_uid for item in report.committed}
-            failed = {item.sop_instance_uid: reason for item, reason in report.failed}
-            self._ledger.answer_commitment(report.transaction_uid, committed, failed, actor=f"dimse:{ae_title}")
-            words = "storage commitment refused" if failed else "storage committed"
-            LOG.info(words, job_id=transaction.job_id, ae_title=ae_title, count=len(failed or committed))
+        peer = _peer(event)
+        ae_title = peer["ae_title"]
+        with answering(LOG, **peer) as answer:
+            report, asked = report_in(event), self._settings.reported_by(ae_title)
+            job_id = self._ledger.answer_commitment(report, asked, actor=f"dimse:{ae_title}")
+            words = "storage commitment refused" if report.failed else "storage committed"
+            LOG.info(words, job_id=job_id, ae_title=ae_title, count=len(report.failed or report.committed))
         return answer[0], None
 
     def _requestor(self, ae_title: str) -> CommitmentRequestor | None:
@@ -199,6 +184,13 @@ class Commitment:
             association.release()
 
 
+def _peer(event: Any) -> Fields:
+    """Who sent a message that has arrived as a whole."""
+    event.assoc.dul.socket.recv.message_ended()
+    requestor = event.assoc.requestor
+    return Fields(ae_title=str(requestor.ae_title).strip(), peer=requestor.address)
+
+
 def _send_report(association: Association, report: Report) -> int | None:
     try:
         response, _ = association.send_n_event_report(
@@ -207,34 +199,3 @@ def _send_report(association: Association, report: Report) -> int | None:
     except (RuntimeError, ValueError):  # pynetdicom: the association ended, or the context was not accepted
         return None
     return int(response.Status) if "Status" in response else None
-
-
-@contextmanager
-def _answering(event: Any) -> Iterator[list[int]]:
-    """Gives a list whose one item is the status to answer with, once the block has ended, however it did."""
-    event.assoc.dul.socket.recv.message_ended()
-    answer = [SUCCESS]
-    peer = {"ae_title": str(event.assoc.requestor.ae_title).strip(), "peer": event.assoc.requestor.address}
-    try:
-        yield answer
-    except MessageError as error:
-        answer[0] = error.status
-        LOG.warning(str(error), status=error.status, **peer)
-    except SQLAlchemyError as error:
-        answer[0] = RESOURCE_LIMITATION
-        LOG.failure("storage commitment: the database did not answer", error, status=answer[0], **peer)
-    except DAMAGE as error:
-        answer[0] = INVALID_ARGUMENT
-        LOG.failure("storage commitment: the message cannot be read", error, status=answer[0], **peer)
-
-
-def _refuse_size(information: Any) -> None:
-    if information is None:
-        raise MessageError(INVALID_ARGUMENT, "a message without information")
-    if information.getbuffer().nbytes > LONGEST_MESSAGE_BYTES:
-        raise MessageError(RESOURCE_LIMITATION, "the message is too long")
-
-
-def _refuse_other_instance(sop_instance_uid: Any) -> None:
-    if sop_instance_uid != PUSH_MODEL_INSTANCE:
-        raise MessageError(NO_SUCH_OBJECT_INSTANCE, "not the well-known instance of storage commitment")

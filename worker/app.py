@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,10 +30,8 @@ from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from models.runtime import Engine
 from service.core.commitment import (
     CLASS_INSTANCE_CONFLICT,
-    INVALID_ARGUMENT,
     NO_SUCH_OBJECT_INSTANCE,
     SOP_CLASS_NOT_SUPPORTED,
-    SUCCESS,
     Reference,
     Report,
 )
@@ -46,7 +44,7 @@ from service.core.settings import Destination, Settings
 from service.core.spool import Spool
 from service.core.telemetry import Log
 from worker.commitment import request_commitment
-from worker.delivery import Answer, Verdict, backoff_seconds, send, sop_class_of
+from worker.delivery import Answer, Verdict, backoff_seconds, send
 from worker.pipeline import Progress, write_result
 
 BEATS_PER_LEASE = 4
@@ -211,10 +209,10 @@ class Worker:
             written = write_result(result.series, result.report, folder)
             lease.check()
         deliveries = [
-            Delivery(destination, sop_instance_uid, kind, path, commitment=self._commitment_of(destination))
+            Delivery(destination, commitment=self._commitment_of(destination), **asdict(item))
             for destination in job.options.destinations
-            for kind, sop_instance_uid, path in written
-            if self._wanted(destination, kind)
+            for item in written
+            if self._wanted(destination, item.kind)
         ]
         done = self.ledger.finish(job.id, job.attempt, actor=self.name, report=result.report, deliveries=deliveries)
         if done is None:
@@ -342,8 +340,8 @@ class Worker:
 
     def _ask(self, job: Job, destination: Destination, owed: Sequence[Delivery], attempt: int) -> None:
         """One request in a new transaction (PS3.4 section J.3.2.1.1), noted before it is sent."""
-        folder, transaction_uid = self.spool.result_dir(job.id), f"2.25.{uuid.uuid4().int}"
-        references = [Reference(sop_class_of(folder / item.path), item.sop_instance_uid) for item in owed]
+        transaction_uid = f"2.25.{uuid.uuid4().int}"
+        references = [Reference(item.sop_class_uid, item.sop_instance_uid) for item in owed]
         first, cap = self.settings.delivery_retry_seconds, self.settings.delivery_retry_max_seconds
         pause_seconds = backoff_seconds(attempt, first, cap, self.rng)
         if not self.ledger.ask_commitment(job.id, job.attempt, destination.name, transaction_uid, pause_seconds):
@@ -351,19 +349,24 @@ class Worker:
         LOG.info("asking for storage commitment", job_id=job.id, destination=destination.name, count=len(owed))
         try:
             request_commitment(
-                transaction_uid, references, destination, self._believe, lambda: self._is_answered(transaction_uid)
+                transaction_uid,
+                references,
+                destination,
+                lambda report: self._believe(report, destination),
+                lambda: self._is_answered(transaction_uid),
             )
         except Retryable as error:
             LOG.warning("not asked for storage commitment", job_id=job.id, reason=error.reason.name)
             return
         self.ledger.await_commitment(transaction_uid, self.settings.commitment_timeout_seconds)
 
-    def _believe(self, report: Report) -> int:
-        """A report that came on our own association to the destination."""
-        committed = {item.sop_instance_uid for item in report.committed}
-        failed = {item.sop_instance_uid: reason for item, reason in report.failed}
-        known = self.ledger.answer_commitment(report.transaction_uid, committed, failed, actor=self.name)
-        return SUCCESS if known else INVALID_ARGUMENT
+    def _believe(self, report: Report, destination: Destination) -> None:
+        """A report that came on our own association to the destination, which speaks for itself alone.
+
+        Raises:
+            MessageError: it tells of something that the destination was not asked.
+        """
+        self.ledger.answer_commitment(report, {destination.name}, actor=self.name)
 
     def _is_answered(self, transaction_uid: str) -> bool:
         transaction = self.ledger.transaction(transaction_uid)

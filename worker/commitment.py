@@ -14,23 +14,24 @@ from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import evt
 
-from service.core.accepted import DAMAGE
 from service.core.commitment import (
-    INVALID_ARGUMENT,
     PUSH_MODEL,
     PUSH_MODEL_INSTANCE,
     REQUEST,
     SUCCESS,
     WORDS,
-    MessageError,
     Reference,
     Report,
     Request,
+    answering,
+    report_in,
 )
 from service.core.errors import Permanent, Reason, Retryable
 from service.core.settings import Destination
+from service.core.telemetry import Log
 from worker.delivery import PROCESSING_FAILURE, RESOURCE_LIMITATION, associated
 
+LOG = Log("commitment")
 LOOK_SECONDS = 0.05
 OFFERS = [(str(PUSH_MODEL), str(syntax)) for syntax in (ExplicitVRLittleEndian, ImplicitVRLittleEndian)]
 MAY_PASS = {PROCESSING_FAILURE, RESOURCE_LIMITATION}
@@ -40,7 +41,7 @@ def request_commitment(
     transaction_uid: str,
     references: Sequence[Reference],
     destination: Destination,
-    on_report: Callable[[Report], int],
+    on_report: Callable[[Report], object],
     is_answered: Callable[[], bool],
 ) -> None:
     """Ask, and keep the association for a while, since the answer may come on it.
@@ -49,7 +50,7 @@ def request_commitment(
         transaction_uid: never used before.
         references: what the destination is to keep.
         destination: whom we ask.
-        on_report: told what came on this association, on a thread of its own; returns the status to answer with.
+        on_report: told what came on this association, on a thread of its own; raises MessageError to refuse it.
         is_answered: whether there is nothing more to wait for.
 
     Raises:
@@ -58,7 +59,9 @@ def request_commitment(
     """
 
     def answer(event: Any) -> tuple[int, None]:  # pynetdicom has no types
-        return _read_report(event, on_report), None
+        with answering(LOG, destination=destination.name) as status:
+            on_report(report_in(event))
+        return status[0], None
 
     try:
         with associated(OFFERS, destination, [(evt.EVT_N_EVENT_REPORT, answer)]) as association:
@@ -73,15 +76,6 @@ def request_commitment(
                 time.sleep(LOOK_SECONDS)
     except Permanent as error:
         raise Permanent(Reason.COMMITMENT_REFUSED, error.detail) from error
-
-
-def _read_report(event: Any, on_report: Callable[[Report], int]) -> int:
-    try:
-        return on_report(Report.of(event.event_type, event.event_information))
-    except MessageError as error:
-        return error.status
-    except DAMAGE:
-        return INVALID_ARGUMENT
 
 
 def _refuse_failure(response: Dataset) -> None:

@@ -108,18 +108,6 @@ def backoff_seconds(attempt: int, first_seconds: float, cap_seconds: float, rng:
     return longest * rng.uniform(0.5, 1.0)
 
 
-def sop_class_of(path: Path) -> str:
-    """SOP Class UID of a result file.
-
-    Raises:
-        Permanent: INPUT_LOST, it is gone or damaged.
-    """
-    syntax = _syntax_of(path)
-    if syntax is None:
-        raise Permanent(Reason.INPUT_LOST, "a result file is missing or not DICOM")
-    return syntax[0]
-
-
 def _syntax_of(path: Path) -> tuple[str, str] | None:
     """(SOP class UID, transfer syntax UID) of a file, None if it is gone or not DICOM."""
     try:

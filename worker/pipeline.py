@@ -102,21 +102,25 @@ def run(
     return Result(series, report, figures, prepared, signal)
 
 
-def write_result(
-    series: Mapping[str, Sequence[Dataset]], report: dict[str, Any], folder: Path
-) -> list[tuple[str, str, str]]:
-    """Write `<kind>/<number>.dcm` and `report.json` into an existing folder.
+@dataclass(frozen=True)
+class Written:
+    """One derived instance that was written. `path` is relative to the folder."""
 
-    Returns:
-        (kind, SOPInstanceUID, path inside the folder) of every instance.
-    """
+    kind: str
+    sop_class_uid: str
+    sop_instance_uid: str
+    path: str
+
+
+def write_result(series: Mapping[str, Sequence[Dataset]], report: dict[str, Any], folder: Path) -> list[Written]:
+    """Write `<kind>/<number>.dcm` and `report.json` into an existing folder."""
     written = []
     for kind, instances in series.items():
         (folder / kind).mkdir()
         for number, instance in enumerate(instances, start=1):
             path = f"{kind}/{number:04}.dcm"
             instance.save_as(folder / path, enforce_file_format=True)
-            written.append((kind, str(instance.SOPInstanceUID), path))
+            written.append(Written(kind, str(instance.SOPClassUID), str(instance.SOPInstanceUID), path))
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     return written
 

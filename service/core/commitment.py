@@ -1,24 +1,32 @@
 """The messages of storage commitment (PS3.4 annex J): what one side asks the other to keep, and what that one answers.
 
-Hides their data sets. Both halves of lowgad need them: the worker asks archives about results, the listener takes the
-archives' answers and is asked itself about what it received. Must never believe a message: counts, UIDs and types are
-checked before anything is returned, and what does not fit is an error with the status that PS3.7 annex C has for it.
+Hides their data sets. Both halves of lowgad need them: the worker asks archives about results, worker and listener take
+the archives' answers, and the listener is asked itself about what it received. Must never believe a message: size,
+counts, UIDs and types are checked before anything is returned, and what does not fit is an error with the status that
+PS3.7 sections 10.1.1.1.8 (N-EVENT-REPORT) and 10.1.4.1.10 (N-ACTION) have for it.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Unpack
 
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
+from sqlalchemy.exc import SQLAlchemyError
+
+from service.core.accepted import DAMAGE
+from service.core.telemetry import Fields, Log
 
 PUSH_MODEL = UID("1.2.840.10008.1.20.1")  # SOP class, PS3.4 table J.3-1
 PUSH_MODEL_INSTANCE = UID("1.2.840.10008.1.20.1.1")  # the one well-known instance that requests and reports name
 REQUEST = 1  # Action Type ID
 ALL_COMMITTED, FAILURES_EXIST = 1, 2  # Event Type ID
 MOST_REFERENCES = 100_000  # a request for more is a mistake, or an attack
+LONGEST_MESSAGE_BYTES = 1 << 25  # about 200 bytes an instance
 
 # Status of a response (PS3.7 annex C), and Failure Reason (0008,1197) of one instance (PS3.3 C.14.1.1).
 SUCCESS = 0x0000
@@ -119,6 +127,66 @@ class Report:
         lost = set(failures)
         committed = [item for item in _references(information, "ReferencedSOPSequence") if item not in lost]
         return cls(_transaction_of(information), tuple(committed), tuple(zip(failures, reasons, strict=True)))
+
+
+def request_in(event: Any) -> Request:
+    """The request that an N-ACTION brings, as pynetdicom, which has no types, tells of it.
+
+    Raises:
+        MessageError: too long, another action or instance, or as `Request.of`.
+        service.core.accepted.DAMAGE: the data set cannot be read.
+    """
+    _refuse_size(event.request.ActionInformation)
+    if event.action_type != REQUEST:
+        raise MessageError(NO_SUCH_ACTION, "unknown action type")
+    _refuse_other_instance(event.request.RequestedSOPInstanceUID)
+    return Request.of(event.action_information)
+
+
+def report_in(event: Any) -> Report:
+    """The report that an N-EVENT-REPORT brings, on whosever association.
+
+    Raises:
+        MessageError: too long, another instance, or as `Report.of`.
+        service.core.accepted.DAMAGE: the data set cannot be read.
+    """
+    _refuse_size(event.request.EventInformation)
+    _refuse_other_instance(event.request.AffectedSOPInstanceUID)
+    return Report.of(event.event_type, event.event_information)
+
+
+@contextmanager
+def answering(log: Log, **peer: Unpack[Fields]) -> Iterator[list[int]]:
+    """Gives a list whose one item is the status to answer with, once the block has ended, however it did.
+
+    Args:
+        log: told of every message that is not taken.
+        peer: who sent it, for the log.
+    """
+    answer = [SUCCESS]
+    try:
+        yield answer
+    except MessageError as error:
+        answer[0] = error.status
+        log.warning(str(error), **(peer | Fields(status=error.status)))
+    except SQLAlchemyError as error:
+        answer[0] = RESOURCE_LIMITATION
+        log.failure("storage commitment: the database did not answer", error, **(peer | Fields(status=answer[0])))
+    except DAMAGE as error:
+        answer[0] = INVALID_ARGUMENT
+        log.failure("storage commitment: the message cannot be read", error, **(peer | Fields(status=answer[0])))
+
+
+def _refuse_size(information: Any) -> None:
+    if information is None:
+        raise MessageError(INVALID_ARGUMENT, "a message without information")
+    if information.getbuffer().nbytes > LONGEST_MESSAGE_BYTES:
+        raise MessageError(RESOURCE_LIMITATION, "the message is too long")
+
+
+def _refuse_other_instance(sop_instance_uid: Any) -> None:
+    if sop_instance_uid != PUSH_MODEL_INSTANCE:
+        raise MessageError(NO_SUCH_OBJECT_INSTANCE, "not the well-known instance of storage commitment")
 
 
 def _dataset(transaction_uid: str, items: Iterable[Dataset]) -> Dataset:

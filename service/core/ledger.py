@@ -50,7 +50,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
 from service.core import schema
-from service.core.commitment import Reference, Request
+from service.core.commitment import CLASS_INSTANCE_CONFLICT, INVALID_ARGUMENT, MessageError, Reference, Report, Request
 from service.core.errors import Reason
 from service.core.job import TRANSITIONS, Job, JobOptions, Stage, State
 
@@ -176,6 +176,7 @@ class Delivery:
     sop_instance_uid: str
     kind: str  # a value of service.core.job.Kind
     path: str  # relative to the job's result folder
+    sop_class_uid: str
     status: DeliveryStatus = DeliveryStatus.PENDING
     dimse_status: int | None = None  # PS3.7 annex C
     attempts: int = 0
@@ -671,37 +672,42 @@ class Ledger:
         rows = self._read(select(table).where(table.c.job_id == job_id).order_by(table.c.asked_at))
         return [_transaction(row) for row in rows]
 
-    def answer_commitment(
-        self, transaction_uid: str, committed: Collection[str], failed: Mapping[str, int], *, actor: str
-    ) -> bool:
+    def answer_commitment(self, report: Report, destinations: Collection[str], *, actor: str) -> str:
         """Note what a destination answered, once. With its last instance committed, the job is COMMITTED.
 
         A destination that commits itself late has still committed itself; a late refusal is overtaken by the request
-        that was made since. Instances that were not asked about change nothing.
+        that was made since. Instances that were not asked about change nothing; one that is kept under another SOP
+        class than it was sent with is not kept (Failure Reason 0119H).
 
         Args:
-            transaction_uid: of the request.
-            committed: SOPInstanceUIDs that it keeps.
-            failed: SOPInstanceUIDs that it does not keep, with the Failure Reason.
+            report: the answer.
+            destinations: for whom whoever reports may speak.
             actor: for the history.
 
         Returns:
-            False when no such request was made.
+            The id of the job.
+
+        Raises:
+            MessageError: no such request was made, or of somebody else.
         """
         table, now = schema.commitments, self._clock()
         with self._engine.begin() as connection:
-            asked = _hold_asked(connection, transaction_uid)
+            asked = _hold_asked(connection, report.transaction_uid)
             if asked is None:
-                return False
-            if asked.answered_at is not None:
-                return True
-            answer = {"answered_at": now, "due_at": now + timedelta(seconds=asked.pause_seconds)}
-            connection.execute(update(table).where(table.c.transaction_uid == transaction_uid).values(answer))
-            _note_committed(connection, asked, committed)
-            if _is_latest(connection, asked):
-                _note_refused(connection, asked, failed)
-            self._settle(connection, asked.job_id, actor)
-        return True
+                raise MessageError(INVALID_ARGUMENT, "unknown transaction")
+            if asked.destination not in destinations:
+                raise MessageError(INVALID_ARGUMENT, "a report of what another destination was asked")
+            if asked.answered_at is None:
+                answer = {"answered_at": now, "due_at": now + timedelta(seconds=asked.pause_seconds)}
+                connection.execute(
+                    update(table).where(table.c.transaction_uid == report.transaction_uid).values(answer)
+                )
+                committed, failed = _compared(connection, asked, report)
+                _note_committed(connection, asked, committed)
+                if _is_latest(connection, asked):
+                    _note_refused(connection, asked, failed)
+                self._settle(connection, asked.job_id, actor)
+        return str(asked.job_id)
 
     def leave_waiting(self, job_id: str, attempt: int, detail: str) -> Job | None:
         """Give a claimed DELIVERED job back; the sweep enqueues it when the next request is due."""
@@ -1098,6 +1104,17 @@ def _asked_about(asked: Row[Any]) -> ColumnElement[bool]:
     return and_(table.c.job_id == asked.job_id, table.c.destination == asked.destination)
 
 
+def _compared(connection: Connection, asked: Row[Any], report: Report) -> tuple[set[str], dict[str, int]]:
+    """What is kept of what was asked about, as SOPInstanceUIDs, and what is not, with the Failure Reason."""
+    table = schema.deliveries
+    query = select(table.c.sop_instance_uid, table.c.sop_class_uid).where(_asked_about(asked))
+    sent = {Reference(row.sop_class_uid, row.sop_instance_uid) for row in connection.execute(query)}
+    committed = {item.sop_instance_uid for item in report.committed if item in sent}
+    others = {item.sop_instance_uid for item in report.committed if item not in sent}
+    failed = {item.sop_instance_uid: reason for item, reason in report.failed}
+    return committed, dict.fromkeys(others - committed, CLASS_INSTANCE_CONFLICT) | failed
+
+
 def _note_committed(connection: Connection, asked: Row[Any], sop_instance_uids: Collection[str]) -> None:
     table = schema.deliveries
     for some in _batches(sorted(sop_instance_uids)):
@@ -1268,6 +1285,7 @@ def _delivery(row: Row[Any]) -> Delivery:
         sop_instance_uid=row.sop_instance_uid,
         kind=row.kind,
         path=row.path,
+        sop_class_uid=row.sop_class_uid,
         status=DeliveryStatus(row.status),
         dimse_status=row.dimse_status,
         attempts=row.attempts,

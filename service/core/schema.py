@@ -142,6 +142,7 @@ deliveries = Table(
     Column("updated_at", Utc, nullable=False),
     Column("commitment", String(16), nullable=False, server_default=text("'NONE'")),
     Column("failure_reason", Integer),  # PS3.3 C.14.1.1, where the destination does not commit itself
+    Column("sop_class_uid", String(UID_LENGTH), nullable=False, server_default=text("''")),
 )
 
 commitments = Table(  # what we asked destinations to commit themselves to

@@ -236,6 +236,10 @@ class Settings(BaseModel):
         """Folder of the embedded broker."""
         return self.data_dir / "broker"
 
+    def reported_by(self, ae_title: str) -> frozenset[str]:
+        """Names of the destinations on which that AE title's reports of storage commitment are believed."""
+        return frozenset(item.name for item in self.destinations if item.reporting_ae_title == ae_title)
+
     def destination(self, name: str) -> Destination | None:
         """The destination of that name, if the site file has it."""
         return next((destination for destination in self.destinations if destination.name == name), None)

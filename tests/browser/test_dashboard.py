@@ -28,7 +28,7 @@ from service.dashboard.views import BANNER
 from service.intake import Intake
 from service.objects import from_file
 from tests.factories import encode, make_pair, uid
-from tests.peers import wait_until
+from tests.peers import MR_IMAGE_STORAGE, wait_until
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = (
@@ -94,7 +94,7 @@ class Site:
     def finish(self, job_id: str, attempt: int, instances: int) -> None:
         with self.spool.publish(job_id) as folder:
             (folder / "report.json").write_text("{}")
-        rows = [Delivery("pacs", uid(job_id, n), "sd", f"sd/{n:04}.dcm") for n in range(instances)]
+        rows = [Delivery("pacs", uid(job_id, n), "sd", f"sd/{n:04}.dcm", MR_IMAGE_STORAGE) for n in range(instances)]
         report = {"acquisition": {"dose_mmol_per_kg": {"value": 0.025, "source": "tag (0018,1041)"}}}
         assert self.ledger.finish(job_id, attempt, actor="worker:gpu1", report=report, deliveries=rows)
 

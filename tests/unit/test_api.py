@@ -30,6 +30,7 @@ from service.intake import Intake
 from service.objects import from_wire
 from tests.conftest import Clock
 from tests.factories import encode, make_pair, uid, write_study
+from tests.peers import MR_IMAGE_STORAGE
 
 SMALL: dict[str, Any] = {"slices": 8, "rows": 8, "columns": 8}
 PAIR = make_pair(**SMALL)
@@ -72,7 +73,7 @@ class Api:
             (folder / "sd").mkdir()
             (folder / "sd" / "0001.dcm").write_bytes(b"x" * 700_000)
             (folder / "report.json").write_text("{}")
-        rows = [Delivery("pacs", uid("derived"), "sd", "sd/0001.dcm")]
+        rows = [Delivery("pacs", uid("derived"), "sd", "sd/0001.dcm", MR_IMAGE_STORAGE)]
         report = {"seconds": {}, "results": {"sd": SD_SERIES}}
         assert self.ledger.finish(job_id, running.attempt, actor="worker", report=report, deliveries=rows)
         return job_id

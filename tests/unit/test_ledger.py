@@ -10,7 +10,9 @@ from typing import TypeVar
 
 import psycopg
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,11 +20,12 @@ from sqlalchemy import create_engine, event, text
 from sqlalchemy.pool import Pool
 
 from service.core import schema
+from service.core.commitment import Reference, Report
 from service.core.errors import Reason
 from service.core.job import TRANSITIONS, Job, JobOptions, Stage, State
 from service.core.ledger import Added, Delivery, DeliveryStatus, Instance, Ledger
 from tests.conftest import Clock
-from tests.peers import wait_until
+from tests.peers import MR_IMAGE_STORAGE, wait_until
 
 T = TypeVar("T")
 
@@ -98,12 +101,18 @@ def asked(ledger: Ledger, *names: str) -> Job:
     return asking
 
 
+def committed_by(ledger: Ledger, name: str) -> str:
+    return ledger.answer_commitment(
+        Report(f"2.25.{name}", (Reference(MR_IMAGE_STORAGE, "2.25.1"),)), {name}, actor=name
+    )
+
+
 def states(ledger: Ledger, job: Job) -> list[State]:
     return [step.to_state for step in ledger.history(job.id)]
 
 
 def deliveries(*names: str) -> list[Delivery]:
-    return [Delivery("pacs", f"2.25.{name}", "sd", f"sd/{name}.dcm") for name in names]
+    return [Delivery("pacs", f"2.25.{name}", "sd", f"sd/{name}.dcm", MR_IMAGE_STORAGE) for name in names]
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -115,6 +124,20 @@ def test_migrations_build_exactly_the_tables_that_the_code_uses(ledger: Ledger, 
         differences = compare_metadata(MigrationContext.configure(connection), schema.metadata)
     engine.dispose()
     assert differences == []
+
+
+def test_results_that_were_sent_before_they_had_a_class_get_the_one_of_their_kind(database_url: str) -> None:
+    with Ledger.open(database_url) as ledger:
+        job = a_result(ledger, *deliveries("1"))
+    engine, config = create_engine(database_url), Config()
+    config.set_main_option("script_location", "service.core:migrations")
+    config.set_main_option("path_separator", "os")
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0003")
+    engine.dispose()
+    with Ledger.open(database_url) as ledger:
+        assert [row.sop_class_uid for row in ledger.deliveries(job.id)] == [MR_IMAGE_STORAGE]
 
 
 def test_several_processes_may_open_an_empty_database_at_the_same_time(database_url: str) -> None:
@@ -427,7 +450,9 @@ def test_a_delivered_job_can_be_sent_again_in_full_and_elsewhere(ledger: Ledger)
     job = a_result(ledger, *deliveries("1"))
     ledger.record_delivery(job.id, "pacs", "2.25.1", DeliveryStatus.SENT, dimse_status=0)
     ledger.move(job.id, [State.DELIVERING], State.DELIVERED, actor="worker")
-    assert ledger.resend(job.id, "operator", [Delivery("archive", "2.25.1", "sd", "sd/1.dcm")]) is not None
+    assert (
+        ledger.resend(job.id, "operator", [replace(row, destination="archive") for row in deliveries("1")]) is not None
+    )
     rows = [(row.destination, row.status) for row in ledger.deliveries(job.id)]
     assert rows == [("archive", DeliveryStatus.PENDING), ("pacs", DeliveryStatus.PENDING)]
 
@@ -476,10 +501,7 @@ def test_leases_are_kept_by_the_clock_of_the_server(postgres_url: str) -> None:
 def test_of_two_destinations_that_commit_themselves_at_the_same_moment_none_is_overlooked(postgres_url: str) -> None:
     with Ledger.open(postgres_url) as ledger:
         job = asked(ledger, "one", "two")
-        answers = [
-            lambda name=name: ledger.answer_commitment(f"2.25.{name}", ["2.25.1"], {}, actor=name)
-            for name in ("one", "two")
-        ]
+        answers = [lambda name=name: committed_by(ledger, name) for name in ("one", "two")]
         behind_a_lock(postgres_url, "SELECT * FROM jobs", *answers)
         assert states(ledger, job)[-1] is State.COMMITTED
 
@@ -487,13 +509,13 @@ def test_of_two_destinations_that_commit_themselves_at_the_same_moment_none_is_o
 def test_a_commitment_that_comes_while_the_job_is_sent_again_stops_neither(postgres_url: str) -> None:
     with Ledger.open(postgres_url) as ledger:
         job = asked(ledger, "one")
-        committed, again = behind_a_lock(
+        job_id, again = behind_a_lock(
             postgres_url,
             "SELECT * FROM deliveries",
-            lambda: ledger.answer_commitment("2.25.one", ["2.25.1"], {}, actor="one"),
+            lambda: committed_by(ledger, "one"),
             lambda: ledger.resend(job.id, "operator"),
         )
-        assert committed
+        assert job_id == job.id
         assert again is not None
         assert states(ledger, job)[-2:] == [State.COMMITTED, State.DELIVERING]
 

@@ -55,6 +55,7 @@ class Archive:
     received: list[str] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
     reasons: dict[str, int] = field(default_factory=dict)
+    kept_as: dict[str, str] = field(default_factory=dict)  # under another SOP class than it was sent with
     status: int = 0x0000  # of the answer to N-ACTION
     on_same_association: bool = False
     answers: list[int] = field(default_factory=list)  # what was answered to our reports
@@ -62,9 +63,12 @@ class Archive:
     def report(self, request: Request) -> Report:
         kept = tuple(item for item in request.references if item.sop_instance_uid not in self.reasons)
         lost = [item for item in request.references if item not in kept]
-        return Report(
-            request.transaction_uid, kept, tuple((item, self.reasons[item.sop_instance_uid]) for item in lost)
+        named = (
+            Reference(self.kept_as.get(item.sop_instance_uid, item.sop_class_uid), item.sop_instance_uid)
+            for item in kept
         )
+        failed = tuple((item, self.reasons[item.sop_instance_uid]) for item in lost)
+        return Report(request.transaction_uid, tuple(named), failed)
 
     def store(self, event: Any) -> int:
         self.received.append(str(event.request.AffectedSOPInstanceUID))
@@ -295,13 +299,44 @@ def test_a_report_of_an_unknown_transaction_or_from_somebody_else_changes_nothin
         foreign = Report(true.transaction_uid, (Reference(MR_IMAGE_STORAGE, "1.2.3"),))
         with listening(site) as (port, _):
             assert call_with_report(port, forged) == 0x0115
-            assert call_with_report(port, true, calling="MALLORY") == 0x0124
+            assert call_with_report(port, true, calling="MALLORY") == 0x0115
             assert call_with_report(port, foreign) == 0x0000
     assert site.job(job_id).state is State.DELIVERED
     assert all(row.is_open for row in site.ledger.deliveries(job_id))
     logged = [record.getMessage() for record in caplog.records]
     assert "unknown transaction" in logged
-    assert "this AE title was not asked" in logged
+    assert "a report of what another destination was asked" in logged
+
+
+def test_a_destination_reports_on_what_it_was_asked_alone(
+    make_site: Callable[..., Site], caplog: pytest.LogCaptureFixture
+) -> None:
+    with running_archive() as asked, running_archive(on_same_association=True) as forging:
+        forging.report = lambda _: asked.report(asked.requests[0])  # type: ignore[method-assign]
+        site = make_site(asked.port)
+        [pacs] = site.settings.destinations
+        second = {"name": "second", "port": forging.port, "commitment_wait_seconds": 0.5}
+        destinations = (pacs, pacs.model_copy(update=second))
+        site.worker.settings = site.settings.model_copy(update={"destinations": destinations})
+        job_id = site.new_job("pacs", "second")
+        site.worker.process(job_id)
+        site.worker.deliver(job_id)
+        wait_until(lambda: forging.answers, what="the answer to the report")
+    assert forging.answers == [0x0115]
+    assert site.job(job_id).state is State.DELIVERED
+    assert all(row.is_open for row in site.ledger.deliveries(job_id))
+    assert "a report of what another destination was asked" in [record.getMessage() for record in caplog.records]
+
+
+def test_an_instance_that_is_kept_under_another_class_is_not_committed(make_site: Callable[..., Site]) -> None:
+    with running_archive(on_same_association=True) as archive:
+        archive.kept_as = {uid("derived", "sd", 0): "1.2.840.10008.5.1.4.1.1.7"}
+        site = make_site(archive.port, destination={"commitment_wait_seconds": 10})
+        job_id = delivered(site)
+        assert site.job(job_id).state is State.DELIVERED
+        assert [row.is_open for row in site.ledger.deliveries(job_id)] == [True, False, False, False]
+        assert later(site, job_id, site.settings.delivery_retry_seconds) is State.FAILED
+    assert site.job(job_id).detail == "pacs: 1 instances not committed: 0x0119 class and instance do not fit"
 
 
 def test_a_result_is_kept_until_it_is_committed_however_old_it_is(make_site: Callable[..., Site]) -> None:
