@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Iterator
-from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +33,7 @@ from service.core.spool import Spool
 from service.dashboard import views
 from service.guard import BrowserGuard
 from service.intake import Intake
-from service.operations import Action, UnknownJobError, act
+from service.operations import Action, UnknownJobError, act, rerun_with_series
 
 Responses = dict[int | str, dict[str, Any]]
 
@@ -379,16 +378,14 @@ def _actions(ledger: Ledger, queue: Celery, intake: Intake) -> APIRouter:
     @router.post(
         "/{job_id}/rerun",
         status_code=202,
-        summary="Compute again from the same input; with series named, a job of its own over what arrived of the study",
+        summary="Compute again from the same input; with series named, in a job of its own over what has arrived",
     )
     def rerun(
         request: Request, job_id: str, named: Annotated[NamedSeries | None, Body(openapi_examples=NAMED_EXAMPLE)] = None
     ) -> JobOut:
         if named and (named.pre_series_uid or named.low_series_uid):
-            if (job := ledger.job(job_id)) is None:
-                raise UnknownJobError
-            options = replace(job.options, pre_series_uid=named.pre_series_uid, low_series_uid=named.low_series_uid)
-            return JobOut.of(intake.start(job.study_uid, options, uploads.SOURCE)[0])
+            series = named.model_dump()
+            return JobOut.of(rerun_with_series(ledger, queue, intake, job_id, **series, actor=_actor(request)))
         return JobOut.of(act(ledger, queue, job_id, Action.RERUN, _actor(request)))
 
     @router.post("/{job_id}/resend", status_code=202, summary="Send the result again; after a failure, what is missing")

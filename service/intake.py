@@ -80,8 +80,14 @@ class Intake:
         )
         return self._ledger.add_instance(instance)
 
-    def start(self, study_uid: str, options: JobOptions, source: str) -> tuple[Job, bool]:
+    def start(self, study_uid: str, options: JobOptions, source: str, actor: str = "") -> tuple[Job, bool]:
         """Start a job over what has arrived of a study, without waiting for more.
+
+        Args:
+            study_uid: the study.
+            options: what is asked for.
+            source: where the study came from.
+            actor: who asks, for the history; unset: the source.
 
         Returns:
             The job, and whether it is new; the same input and options give the same job, and so does a look at the
@@ -89,9 +95,9 @@ class Intake:
         """
         instances = self._ledger.instances(study_uid)
         chosen, _ = _choose(instances, options)
-        job, created = self._ledger.create_job(study_uid, chosen, options, source, considered=instances)
+        job, created = self._ledger.create_job(study_uid, chosen, options, source, instances, actor=actor)
         if created:
-            LOG.info("job created", job_id=job.id, study=pseudonym(study_uid), count=len(chosen), actor=source)
+            LOG.info("job created", job_id=job.id, study=pseudonym(study_uid), count=len(chosen), actor=actor or source)
             self._enqueue(job)
         return job, created
 

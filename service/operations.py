@@ -6,6 +6,7 @@ on one click: every action is a compare-and-set in the ledger, and the one that 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
 
 from celery import Celery
@@ -13,6 +14,7 @@ from celery import Celery
 from service.core.job import TRANSITIONS, Job, State
 from service.core.ledger import Ledger
 from service.core.queue import enqueue
+from service.intake import Intake
 
 
 class Action(Enum):
@@ -58,6 +60,35 @@ def act(ledger: Ledger, queue: Celery, job_id: str, action: Action, actor: str) 
     if changed.state in {State.QUEUED, State.DELIVERING} and enqueue(queue, changed):
         ledger.mark_enqueued(job_id)
     return changed
+
+
+def rerun_with_series(
+    ledger: Ledger,
+    queue: Celery,
+    intake: Intake,
+    job_id: str,
+    *,
+    pre_series_uid: str | None,
+    low_series_uid: str | None,
+    actor: str,
+) -> Job:
+    """Compute a study again from the series that a person names: a job of its own, new or run again.
+
+    Raises:
+        UnknownJobError: no such job.
+        NotPossibleError: the job with these series is under way.
+    """
+    job = ledger.job(job_id)
+    if job is None:
+        raise UnknownJobError(job_id)
+    options = replace(job.options, pre_series_uid=pre_series_uid, low_series_uid=low_series_uid)
+    found, has_started = intake.start(job.study_uid, options, job.source, actor)
+    if has_started:
+        return found
+    try:
+        return act(ledger, queue, found.id, Action.RERUN, actor)
+    except NotPossibleError as error:
+        raise NotPossibleError(f"Job {found.id} is made from these series. {error}") from None
 
 
 def _change(ledger: Ledger, job_id: str, action: Action, actor: str) -> Job | None:

@@ -328,6 +328,8 @@ class Ledger:
         options: JobOptions,
         source: str,
         considered: Sequence[Instance] = (),
+        *,
+        actor: str = "",
     ) -> tuple[Job, bool]:
         """A job over exactly these instances; the job that already exists for the same input and options, if any.
 
@@ -339,8 +341,9 @@ class Ledger:
             study_uid: the study they belong to.
             instances: the input.
             options: what was asked for.
-            source: who sent or asked, for the history.
+            source: where the study came from.
             considered: instances of the study that were looked at and are not input; they stop waiting, too.
+            actor: who asks, for the history; unset: the source.
 
         Returns:
             The job, and whether it has to be computed because of this call.
@@ -354,7 +357,7 @@ class Ledger:
             if newest is not None and newest.considered > len(looked_at):
                 job, created = _job(newest), False
             else:
-                job, created = self._wanted(connection, fresh, instances, len(looked_at), rivals)
+                job, created = self._wanted(connection, fresh, instances, len(looked_at), rivals, actor=actor or source)
             _stop_waiting(connection, job.id, sorted(looked_at))
         return job, created
 
@@ -842,6 +845,8 @@ class Ledger:
         instances: Sequence[Instance],
         considered: int,
         rivals: Sequence[Row[Any]],
+        *,
+        actor: str,
     ) -> tuple[Job, bool]:
         """Insert the job, or take the one with the same input; supersede the others."""
         table, now = schema.jobs, fresh.created_at
@@ -853,14 +858,14 @@ class Ledger:
             connection.execute(table.insert().values(_job_row(fresh) | {"considered": considered}))
             inputs = [{"job_id": fresh.id, "sop_instance_uid": item.sop_instance_uid} for item in instances]
             _insert_new(connection, schema.job_inputs, inputs)
-            _record(connection, fresh, None, actor=fresh.source, at=now)
+            _record(connection, fresh, None, actor=actor, at=now)
         job_id = fresh.id if known is None else known.id
         values = {"considered": considered, "superseded_by": None}
         row = connection.execute(update(table).where(table.c.id == job_id).values(values).returning(table)).one()
         for other in outdated:
             self._supersede(connection, other.id, job_id)
         if known is not None and known.superseded_by and known.state == State.CANCELLED.value:
-            row = self._swap(connection, job_id, [State.CANCELLED], State.QUEUED, AFRESH, actor=fresh.source) or row
+            row = self._swap(connection, job_id, [State.CANCELLED], State.QUEUED, AFRESH, actor=actor) or row
         return _job(row), known is None or row.state != known.state
 
     def _supersede(self, connection: Connection, job_id: str, by: str) -> None:

@@ -403,6 +403,22 @@ def test_a_job_is_run_again_with_the_series_that_a_person_names(api: Api) -> Non
     assert api.client.post(f"/api/v1/jobs/{first['id']}/rerun", json={"pre_series_uid": "../x"}).status_code == 422
 
 
+def test_a_job_whose_series_a_person_names_once_more_runs_again_and_its_history_says_who_asked(api: Api) -> None:
+    first, named = api.job_id(), {"pre_series_uid": uid(0, "pre"), "low_series_uid": uid(0, "low")}
+    rerun = f"/api/v1/jobs/{first}/rerun"
+    job_id = api.client.post(rerun, json=named).json()["id"]
+    assert [step.actor for step in api.ledger.history(job_id)] == ["rest:testclient"]
+    under_way = api.client.post(rerun, json=named)
+    assert (under_way.status_code, under_way.json()["reason"]) == (409, "CONFLICT")
+    assert job_id in under_way.json()["detail"]
+    api.ledger.claim(job_id, "worker", 60)
+    api.ledger.move(job_id, [State.RUNNING], State.FAILED, actor="worker", reason=Reason.STORAGE_FULL)
+    again = api.client.post(rerun, json=named)
+    assert (again.status_code, again.json()["id"], again.json()["state"]) == (202, job_id, "QUEUED")
+    assert api.ledger.history(job_id)[-1].actor == "rest:testclient"
+    assert api.messages("process") == 3
+
+
 @pytest.mark.parametrize("action", ["rerun", "resend"])
 def test_an_action_that_the_state_does_not_allow_is_a_conflict(api: Api, action: str) -> None:
     answer = api.client.post(f"/api/v1/jobs/{api.job_id()}/{action}")
