@@ -38,7 +38,7 @@ from service.core.commitment import (
 from service.core.commitment import WORDS as COMMITMENT_WORDS
 from service.core.errors import Permanent, Reason, Retryable
 from service.core.job import STATE_OF_OUTCOME, Job, JobOptions, Stage, State
-from service.core.ledger import Commitment, Delivery, DeliveryStatus, Ledger
+from service.core.ledger import Commitment, Delivery, DeliveryStatus, Ledger, Transaction
 from service.core.queue import DELIVER, PROCESS, enqueue_deliver, make_celery
 from service.core.settings import Destination, Settings
 from service.core.spool import Spool
@@ -315,11 +315,11 @@ class Worker:
         if not owed:
             return ""
         if not asked or asked[-1].due_at <= self.clock():
-            self._refuse_hopeless(job, name, owed, len(asked))
+            self._refuse_hopeless(job, name, owed, asked)
             self._ask(job, self._destination(name), owed, len(asked) + 1)
         return self._standing(job, name)
 
-    def _refuse_hopeless(self, job: Job, name: str, owed: Sequence[Delivery], times_asked: int) -> None:
+    def _refuse_hopeless(self, job: Job, name: str, owed: Sequence[Delivery], asked: Sequence[Transaction]) -> None:
         """Send again what the destination says it does not have; give up where asking again will not help.
 
         Raises:
@@ -328,10 +328,11 @@ class Worker:
         """
         reasons = {item.failure_reason for item in owed if item.failure_reason is not None}
         refused = ", ".join(f"0x{reason:04X} {COMMITMENT_WORDS.get(reason, '')}".strip() for reason in sorted(reasons))
-        if reasons & REFUSED_FOR_GOOD or (reasons and times_asked >= self.settings.commitment_max_attempts):
+        is_over = bool(asked) and self.clock() >= self._limit(asked)
+        if reasons & REFUSED_FOR_GOOD or (reasons and is_over):
             raise Permanent(Reason.COMMITMENT_REFUSED, f"{name}: {len(owed)} instances not committed: {refused}")
-        if times_asked >= self.settings.commitment_max_attempts:
-            raise Permanent(Reason.COMMITMENT_TIMEOUT, f"{name}: asked {times_asked} times about {len(owed)} instances")
+        if is_over:
+            raise Permanent(Reason.COMMITMENT_TIMEOUT, f"{name}: asked {len(asked)} times about {len(owed)} instances")
         if NO_SUCH_OBJECT_INSTANCE in reasons:
             detail = f"{name} took instances and does not have them; they are sent again"
             LOG.warning("committing failed: sent again", job_id=job.id, destination=name)
@@ -342,7 +343,7 @@ class Worker:
         """One request in a new transaction (PS3.4 section J.3.2.1.1), noted before it is sent."""
         transaction_uid = f"2.25.{uuid.uuid4().int}"
         references = [Reference(item.sop_class_uid, item.sop_instance_uid) for item in owed]
-        first, cap = self.settings.delivery_retry_seconds, self.settings.delivery_retry_max_seconds
+        first, cap = self.settings.delivery_retry_seconds, self.settings.commitment_timeout_seconds
         pause_seconds = backoff_seconds(attempt, first, cap, self.rng)
         if not self.ledger.ask_commitment(job.id, job.attempt, destination.name, transaction_uid, pause_seconds):
             raise SupersededError
@@ -374,9 +375,15 @@ class Worker:
 
     def _standing(self, job: Job, name: str) -> str:
         owed = [item for item in self.ledger.deliveries(job.id) if item.destination == name and item.is_open]
-        asked = sum(item.destination == name for item in self.ledger.transactions(job.id))
-        most = self.settings.commitment_max_attempts
-        return f"{name}: storage commitment of {len(owed)} instances asked for {asked} of {most} times" if owed else ""
+        asked = [item for item in self.ledger.transactions(job.id) if item.destination == name]
+        if not owed or not asked:
+            return ""
+        until = f"until {self._limit(asked):%Y-%m-%d %H:%M} UTC"
+        return f"{name}: storage commitment of {len(owed)} instances asked for {len(asked)} times, {until}"
+
+    def _limit(self, asked: Sequence[Transaction]) -> datetime:
+        """The moment from which a destination is not asked again."""
+        return asked[0].asked_at + timedelta(seconds=self.settings.commitment_limit_seconds)
 
     # --- the task boundary --------------------------------------------------------------------------------------------
 

@@ -71,6 +71,7 @@ def request_commitment(
             except RuntimeError as error:  # pynetdicom: the association ended since we looked
                 raise Retryable(Reason.DESTINATION_UNREACHABLE, "the association was lost") from error
             _refuse_failure(response)
+            association.network_timeout = None  # it falls silent now; the deadline is ours
             deadline = time.monotonic() + destination.commitment_wait_seconds
             while association.is_established and time.monotonic() < deadline and not is_answered():
                 time.sleep(LOOK_SECONDS)

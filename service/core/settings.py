@@ -146,11 +146,13 @@ class Settings(BaseModel):
     delivery_max_attempts: int = Field(default=12, ge=1, description="Attempts to deliver before a job fails")
     delivery_retry_seconds: float = Field(default=15.0, gt=0, description="First pause before another delivery attempt")
     delivery_retry_max_seconds: float = Field(default=900.0, gt=0, description="Longest pause between attempts")
-    commitment_max_attempts: int = Field(
-        default=24, ge=1, description="Requests for storage commitment of one destination before a job fails"
-    )
     commitment_timeout_seconds: float = Field(
-        default=3600.0, gt=0, description="Wait for a commitment report before asking again"
+        default=3600.0,
+        gt=0,
+        description="Wait for a commitment report before asking again; longest pause after a failure",
+    )
+    commitment_limit_seconds: float = Field(
+        default=86_400.0, gt=0, description="Time from the first request for storage commitment until a job fails"
     )
     commitment_requestors: tuple[CommitmentRequestor, ...] = Field(
         default=(), description="Who may ask us for storage commitment (site file only); none: nobody"

@@ -58,6 +58,7 @@ class Archive:
     kept_as: dict[str, str] = field(default_factory=dict)  # under another SOP class than it was sent with
     status: int = 0x0000  # of the answer to N-ACTION
     on_same_association: bool = False
+    seconds: float = 0.1  # before it reports
     answers: list[int] = field(default_factory=list)  # what was answered to our reports
 
     def report(self, request: Request) -> Report:
@@ -78,7 +79,9 @@ class Archive:
         request = Request.of(event.action_information)
         self.requests.append(request)
         if self.on_same_association and self.status == 0:
-            threading.Timer(0.1, lambda: self.answers.append(send_report(event.assoc, self.report(request)))).start()
+            threading.Timer(
+                self.seconds, lambda: self.answers.append(send_report(event.assoc, self.report(request)))
+            ).start()
         return self.status, None
 
 
@@ -201,9 +204,10 @@ def test_an_archive_that_never_answers_is_asked_again_in_new_transactions_and_at
     make_site: Callable[..., Site],
 ) -> None:
     with running_archive() as archive:
-        site = make_site(archive.port, commitment_max_attempts=3, commitment_timeout_seconds=HOUR)
+        site = make_site(archive.port, commitment_limit_seconds=3 * HOUR, commitment_timeout_seconds=HOUR)
         job_id = delivered(site)
-        assert site.job(job_id).detail == "pacs: storage commitment of 4 instances asked for 1 of 3 times"
+        until = "until 2031-05-04 06:02 UTC"
+        assert site.job(job_id).detail == f"pacs: storage commitment of 4 instances asked for 1 times, {until}"
         site.clock.advance(HOUR - 1)
         assert site.ledger.due(0) == []
         assert [later(site, job_id, seconds) for seconds in (1, HOUR)] == [State.DELIVERED] * 2
@@ -213,6 +217,31 @@ def test_an_archive_that_never_answers_is_asked_again_in_new_transactions_and_at
     with listening(site) as (port, _):
         assert call_with_report(port, archive.report(archive.requests[0])) == 0x0000
     assert site.job(job_id).state is State.COMMITTED  # late, and true all the same
+
+
+@pytest.mark.parametrize("status", [0x0000, 0x0110])
+def test_an_archive_that_fails_again_and_again_is_asked_for_as_long_as_one_that_is_silent(
+    make_site: Callable[..., Site], status: int
+) -> None:
+    with running_archive(status=status) as archive:
+        site = make_site(archive.port)
+        job_id, began = delivered(site), site.clock.now
+        while (job := site.job(job_id)).state is State.DELIVERED:
+            assert job.due_at is not None
+            later(site, job_id, (job.due_at - site.clock.now).total_seconds())
+    assert (job.state, job.reason) == (State.FAILED, Reason.COMMITMENT_TIMEOUT)
+    assert 24 * HOUR <= (site.clock.now - began).total_seconds() < 25 * HOUR
+    assert 24 <= len(archive.requests) < 50
+
+
+def test_the_association_stays_open_for_as_long_as_a_report_is_waited_for(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.delivery.ANSWER_SECONDS", 1.0)  # a minute in earnest
+    with running_archive(on_same_association=True, seconds=2.0) as archive:
+        site = make_site(archive.port, destination={"commitment_wait_seconds": 10})
+        job_id = delivered(site)
+    assert (site.job(job_id).state, archive.answers) == (State.COMMITTED, [0x0000])
 
 
 def test_what_the_archive_says_it_does_not_have_is_sent_again(make_site: Callable[..., Site]) -> None:
@@ -260,7 +289,6 @@ def test_an_archive_that_restarts_between_sending_and_asking_is_asked_when_it_is
         site = make_site(archive.port)
         job_id = site.new_job("pacs")
         site.worker.process(job_id)
-        site.worker.settings = site.settings.model_copy(update={"commitment_max_attempts": 2})
         claim = site.ledger.claim_commitment
         site.ledger.claim_commitment = lambda *_: None  # type: ignore[method-assign]  the moment before it is asked
         site.worker.deliver(job_id)
