@@ -171,7 +171,7 @@ class Intake:
             return
         self._tidied_at = now
         retention = timedelta(days=self._settings.retention_days)
-        forgotten = self._ledger.forget(now - retention)
+        forgotten = self._ledger.forget(now - retention, self._settings.committing)
         deleted = self._spool.sweep_up(
             self._ledger.holds,
             lambda job_id: self._ledger.job(job_id) is not None,

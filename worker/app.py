@@ -182,7 +182,7 @@ class Worker:
                     troubles = [trouble for name in self._pending(job) if (trouble := self._send_to(job, name, lease))]
                     lease.check()
                 self._conclude(job, troubles)
-        seconds, committing = self.settings.lease_seconds, self._committing()
+        seconds, committing = self.settings.lease_seconds, self.settings.committing
         if job := self.ledger.claim_commitment(job_id, self.name, seconds, committing):
             with self._failing(job, State.DELIVERED):
                 with Lease(self.ledger, job, seconds):
@@ -285,16 +285,12 @@ class Worker:
         if counts[DeliveryStatus.FAILED]:
             refusals = sorted({item.last_error for item in deliveries if item.status is DeliveryStatus.FAILED})
             raise Permanent(Reason.DESTINATION_REFUSED, "; ".join([sentence, *refusals]))
-        self.ledger.delivered(job.id, job.attempt, actor=self.name, committing=self._committing())
+        self.ledger.delivered(job.id, job.attempt, actor=self.name, committing=self.settings.committing)
 
     # --- storage commitment -------------------------------------------------------------------------------------------
 
-    def _committing(self) -> set[str]:
-        """The destinations that are asked to keep what they were sent."""
-        return {destination.name for destination in self.settings.destinations if destination.storage_commitment}
-
     def _commitment_of(self, destination: str) -> Commitment:
-        return Commitment.WANTED if destination in self._committing() else Commitment.NONE
+        return Commitment.WANTED if destination in self.settings.committing else Commitment.NONE
 
     def _ask_all(self, job: Job, names: Collection[str]) -> list[str]:
         """Ask every destination, whatever the others say, then raise what the first hopeless one said."""

@@ -807,18 +807,26 @@ class Ledger:
         with self._engine.begin() as connection:
             connection.execute(change.values(enqueued_at=self._clock()))
 
-    def forget(self, before: datetime) -> int:
+    def forget(self, before: datetime, committing: Collection[str]) -> int:
         """Delete everything about studies in which nothing has happened since, and nothing is under way.
 
         A result whose destination is asked for storage commitment is under way until it is COMMITTED or a person
         cancels it: until then ours may be the only copy. Their bytes become the janitor's (`Spool.sweep_up`).
+
+        Args:
+            before: what was touched since stays.
+            committing: the destinations that are asked now; a site may have switched it off since a job was made.
 
         Returns:
             How many studies were forgotten.
         """
         job, instance = schema.jobs.c, schema.instances.c
         busy = select(job.study_uid).where(
-            or_(job.updated_at >= before, job.state.in_([state.value for state in UNDER_WAY]), _lacks_commitment())
+            or_(
+                job.updated_at >= before,
+                job.state.in_([state.value for state in UNDER_WAY]),
+                _lacks_commitment(committing),
+            )
         )
         recent = select(instance.study_uid).where(or_(instance.received_at >= before, instance.job_id.is_(None)))
         query = select(job.study_uid).where(job.study_uid.not_in(busy), job.study_uid.not_in(recent)).distinct()
@@ -1073,10 +1081,11 @@ def _batches(uids: Sequence[str]) -> Iterator[Sequence[str]]:
     return (uids[start : start + 500] for start in range(0, len(uids), 500))
 
 
-def _lacks_commitment() -> ColumnElement[bool]:
-    """Whether a destination of the job owes storage commitment."""
+def _lacks_commitment(destinations: Collection[str]) -> ColumnElement[bool]:
+    """Whether one of these owes storage commitment of the job."""
     table = schema.deliveries
-    owed = exists().where(table.c.job_id == schema.jobs.c.id, table.c.commitment.in_(OPEN_VALUES))
+    open_there = and_(table.c.commitment.in_(OPEN_VALUES), table.c.destination.in_(list(destinations)))
+    owed = exists().where(table.c.job_id == schema.jobs.c.id, open_there)
     return and_(owed, schema.jobs.c.state != State.CANCELLED.value)
 
 

@@ -238,6 +238,11 @@ class Settings(BaseModel):
         """Folder of the embedded broker."""
         return self.data_dir / "broker"
 
+    @property
+    def committing(self) -> frozenset[str]:
+        """Names of the destinations that are asked for storage commitment."""
+        return frozenset(item.name for item in self.destinations if item.storage_commitment)
+
     def reported_by(self, ae_title: str) -> frozenset[str]:
         """Names of the destinations on which that AE title's reports of storage commitment are believed."""
         return frozenset(item.name for item in self.destinations if item.reporting_ae_title == ae_title)

@@ -550,9 +550,9 @@ def test_only_studies_in_which_nothing_happens_any_more_are_forgotten(ledger: Le
     for instance in (busy, waiting):
         ledger.add_instance(instance)
     queued, _ = ledger.create_job("1.2.4", [busy], JobOptions(), "rest")
-    assert ledger.forget(clock.now) == 0
+    assert ledger.forget(clock.now, ()) == 0
     clock.advance(1)
-    assert ledger.forget(clock.now) == 1
+    assert ledger.forget(clock.now, ()) == 1
     assert (ledger.job(done.id), ledger.instances("1.2.3"), ledger.deliveries(done.id)) == (None, [], [])
     assert not ledger.holds(an_instance(1).sha256)
     assert ledger.job(queued.id) == queued
@@ -574,7 +574,7 @@ def test_a_study_that_wakes_up_while_it_is_being_forgotten_stays(
 
         event.listen(Pool, "checkin", between_two_statements)
         try:
-            assert ledger.forget(clock.now) == 0
+            assert ledger.forget(clock.now, ()) == 0
         finally:
             event.remove(Pool, "checkin", between_two_statements)
     assert len(ledger.inputs(job.id)) == 1

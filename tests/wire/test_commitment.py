@@ -372,14 +372,14 @@ def test_a_result_is_kept_until_it_is_committed_however_old_it_is(make_site: Cal
         site = make_site(archive.port)
         job_id = delivered(site)
         site.clock.advance(HOUR * 24 * 365)
-        assert site.ledger.forget(site.clock.now) == 0
+        assert site.ledger.forget(site.clock.now, {"pacs"}) == 0
         site.ledger.move(job_id, [State.DELIVERED], State.FAILED, actor="t", reason=Reason.COMMITMENT_TIMEOUT)
         site.clock.advance(1)
-        assert site.ledger.forget(site.clock.now) == 0
+        assert site.ledger.forget(site.clock.now, {"pacs"}) == 0
         with listening(site) as (port, _):
             call_with_report(port, archive.report(archive.requests[0]))
         site.clock.advance(1)
-        assert site.ledger.forget(site.clock.now) == 1
+        assert site.ledger.forget(site.clock.now, {"pacs"}) == 1
 
 
 def test_a_resend_asks_again_about_everything(make_site: Callable[..., Site]) -> None:
@@ -402,6 +402,24 @@ def test_once_switched_off_nobody_is_waited_for(make_site: Callable[..., Site]) 
         assert later(site, job_id, HOUR) is State.DELIVERED
     assert site.job(job_id).due_at is None
     assert not any(row.is_open for row in site.ledger.deliveries(job_id))
+
+
+@pytest.mark.parametrize("end", [None, State.FAILED])
+def test_once_switched_off_a_result_is_kept_no_longer_than_others(
+    make_site: Callable[..., Site], end: State | None
+) -> None:
+    with running_archive() as archive:
+        site = make_site(archive.port)
+        job_id = delivered(site)
+    if end:
+        site.ledger.move(job_id, [State.DELIVERED], end, actor="worker", reason=Reason.COMMITMENT_TIMEOUT)
+    site.clock.advance(site.settings.retention_days * 24 * HOUR + 1)
+    Intake(site.settings, site.ledger, site.spool, site.queue, site.clock).sweep()
+    assert site.ledger.job(job_id) is not None
+    quiet = site.settings.destinations[0].model_copy(update={"storage_commitment": False})
+    switched_off = site.settings.model_copy(update={"destinations": (quiet,)})
+    Intake(switched_off, site.ledger, site.spool, site.queue, site.clock).sweep()
+    assert site.ledger.job(job_id) is None
 
 
 # --- as SCP -----------------------------------------------------------------------------------------------------------
