@@ -129,11 +129,16 @@ class Lease:
 
     def refuse_if_lost(self) -> None:
         """Raise SupersededError when a heartbeat has found the job gone."""
-        if self._lost.is_set():
+        if self.is_lost:
             raise SupersededError
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether a heartbeat has found the job gone."""
+        return self._lost.is_set()
+
     def _extend(self, stage: Stage | None = None, fraction: float | None = None) -> None:
-        if not self._ledger.heartbeat(self._job.id, self._job.attempt, stage, fraction, lease_seconds=self._seconds):
+        if not self._ledger.heartbeat(self._job, stage, fraction, lease_seconds=self._seconds):
             self._lost.set()
 
     def _beat(self) -> None:
@@ -185,8 +190,8 @@ class Worker:
         seconds, committing = self.settings.lease_seconds, self.settings.committing
         if job := self.ledger.claim_commitment(job_id, self.name, seconds, committing):
             with self._failing(job, State.DELIVERED):
-                with Lease(self.ledger, job, seconds):
-                    said = self._ask_all(job, committing)
+                with Lease(self.ledger, job, seconds) as lease:
+                    said = self._ask_all(job, committing, lease)
                 self.ledger.leave_waiting(job.id, job.attempt, "; ".join(filter(None, said)))
 
     # --- computing ----------------------------------------------------------------------------------------------------
@@ -270,9 +275,17 @@ class Worker:
         self._record(job, delivery, STATUS_OF_VERDICT[answer.verdict], answer.status, text)
 
     def _record(self, job: Job, delivery: Delivery, status: DeliveryStatus, dimse: int | None, error: str) -> None:
-        self.ledger.record_delivery(
-            job.id, delivery.destination, delivery.sop_instance_uid, status, dimse_status=dimse, error=error
+        is_ours = self.ledger.record_delivery(
+            job.id,
+            delivery.destination,
+            delivery.sop_instance_uid,
+            status,
+            dimse_status=dimse,
+            error=error,
+            attempt=job.attempt,
         )
+        if not is_ours:
+            raise SupersededError
 
     def _conclude(self, job: Job, troubles: Sequence[Retryable | Permanent]) -> None:
         """Delivered, refused, or another attempt."""
@@ -285,26 +298,28 @@ class Worker:
         if counts[DeliveryStatus.FAILED]:
             refusals = sorted({item.last_error for item in deliveries if item.status is DeliveryStatus.FAILED})
             raise Permanent(Reason.DESTINATION_REFUSED, "; ".join([sentence, *refusals]))
-        self.ledger.delivered(job.id, job.attempt, actor=self.name, committing=self.settings.committing)
+        done = self.ledger.delivered(job.id, job.attempt, actor=self.name, committing=self.settings.committing)
+        if done is None:
+            raise SupersededError
 
     # --- storage commitment -------------------------------------------------------------------------------------------
 
     def _commitment_of(self, destination: str) -> Commitment:
         return Commitment.WANTED if destination in self.settings.committing else Commitment.NONE
 
-    def _ask_all(self, job: Job, names: Collection[str]) -> list[str]:
+    def _ask_all(self, job: Job, names: Collection[str], lease: Lease) -> list[str]:
         """Ask every destination, whatever the others say, then raise what the first hopeless one said."""
         said, hopeless = [], []
         for name in sorted(names):
             try:
-                said.append(self._ask_when_due(job, name))
+                said.append(self._ask_when_due(job, name, lease))
             except Permanent as error:
                 hopeless.append(error)
         if hopeless:
             raise hopeless[0]
         return said
 
-    def _ask_when_due(self, job: Job, name: str) -> str:
+    def _ask_when_due(self, job: Job, name: str, lease: Lease) -> str:
         """Ask a destination that owes a commitment, if this is the moment; how things stand with it, in words."""
         owed = [item for item in self.ledger.deliveries(job.id) if item.destination == name and item.is_open]
         asked = [item for item in self.ledger.transactions(job.id) if item.destination == name]
@@ -312,7 +327,7 @@ class Worker:
             return ""
         if not asked or asked[-1].due_at <= self.clock():
             self._refuse_hopeless(job, name, owed, asked)
-            self._ask(job, self._destination(name), owed, len(asked) + 1)
+            self._ask(job, self._destination(name), owed, len(asked) + 1, lease)
         return self._standing(job, name)
 
     def _refuse_hopeless(self, job: Job, name: str, owed: Sequence[Delivery], asked: Sequence[Transaction]) -> None:
@@ -335,7 +350,7 @@ class Worker:
             self.ledger.send_refused_again(job.id, job.attempt, NO_SUCH_OBJECT_INSTANCE, actor=self.name, detail=detail)
             raise SupersededError
 
-    def _ask(self, job: Job, destination: Destination, owed: Sequence[Delivery], attempt: int) -> None:
+    def _ask(self, job: Job, destination: Destination, owed: Sequence[Delivery], attempt: int, lease: Lease) -> None:
         """One request in a new transaction (PS3.4 section J.3.2.1.1), noted before it is sent."""
         transaction_uid = f"2.25.{uuid.uuid4().int}"
         references = [Reference(item.sop_class_uid, item.sop_instance_uid) for item in owed]
@@ -350,7 +365,7 @@ class Worker:
                 references,
                 destination,
                 lambda report: self._believe(report, destination),
-                lambda: self._is_answered(transaction_uid),
+                lambda: lease.is_lost or self._is_answered(transaction_uid),
             )
         except Retryable as error:
             LOG.warning("not asked for storage commitment", job_id=job.id, reason=error.reason.name)

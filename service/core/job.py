@@ -94,7 +94,7 @@ class Job:
     state: State
     options: JobOptions
     input_hash: str  # SHA-256 over the sorted SOPInstanceUIDs and their content digests
-    attempt: int  # grows with every claim; results of an older attempt are refused
+    attempt: int  # grows with every claim and re-send; what an older attempt brings is refused
     created_at: datetime  # UTC, timezone-aware
     updated_at: datetime
     stage: Stage | None = None

@@ -57,7 +57,6 @@ from service.core.job import TRANSITIONS, Job, JobOptions, Stage, State
 MIGRATION_LOCK = 0x10_36AD  # any constant: serialises migrations of several processes on PostgreSQL
 CLOCK_SECONDS = 60  # two quartz clocks drift apart by milliseconds in that time
 BUSY_SECONDS = 30  # how long a writer waits for the others on SQLite
-LEASED = (State.RUNNING, State.DELIVERING, State.DELIVERED)
 MAY_BE_DUE = (State.QUEUED, State.DELIVERING, State.DELIVERED)
 UNDER_WAY = (State.QUEUED, State.RUNNING, State.DELIVERING)
 NOT_COMPUTED = (State.QUEUED, State.RUNNING, State.NEEDS_REVIEW)
@@ -478,24 +477,29 @@ class Ledger:
 
     def heartbeat(
         self,
-        job_id: str,
-        attempt: int,
+        job: Job,
         stage: Stage | None = None,
         progress: float | None = None,
         *,
         lease_seconds: float,
     ) -> bool:
-        """Extend the lease of a running or delivering job.
+        """Extend the lease of a job that is still as it was claimed; a lease that was given back is not taken again.
+
+        Args:
+            job: as it was claimed.
+            stage: what is being done.
+            progress: 0..1 of the whole.
+            lease_seconds: how long the lease lasts from now.
 
         Returns:
-            False when the job is no longer this attempt's: stop, and throw the work away.
+            False when the job is no longer ours: stop, and throw the work away.
         """
         values: dict[str, Any] = {"lease_until": self._clock() + timedelta(seconds=lease_seconds)}
         values |= {"stage": stage.value} if stage else {}
         values |= {"progress": min(max(progress, 0.0), 1.0)} if progress is not None else {}
         table = schema.jobs
-        leased = table.c.state.in_([state.value for state in LEASED])
-        change = update(table).where(table.c.id == job_id, table.c.attempt == attempt, leased)
+        ours = and_(table.c.id == job.id, table.c.attempt == job.attempt, table.c.state == job.state.value)
+        change = update(table).where(ours, table.c.lease_until.is_not(None))
         with self._engine.begin() as connection:
             return bool(connection.execute(change.values(values)).rowcount)
 
@@ -542,7 +546,8 @@ class Ledger:
             _hold(connection, job_id)
             self._plan(connection, job_id, deliveries)
             sources = _sources_of(State.DELIVERING)
-            row = self._swap(connection, job_id, sources, State.DELIVERING, AFRESH, actor=actor, only_if=anything)
+            values = AFRESH | {"attempt": schema.jobs.c.attempt + 1}  # whoever still holds the job has lost it
+            row = self._swap(connection, job_id, sources, State.DELIVERING, values, actor=actor, only_if=anything)
             if row is None:
                 connection.rollback()
                 return None
@@ -573,8 +578,13 @@ class Ledger:
         *,
         dimse_status: int | None = None,
         error: str = "",
-    ) -> None:
-        """Note what the destination said about one instance, as soon as it has said it."""
+        attempt: int | None = None,
+    ) -> bool:
+        """Note what the destination said about one instance, as soon as it has said it.
+
+        Returns:
+            False when the job is no longer `attempt`'s, where given: stop.
+        """
         table = schema.deliveries
         change = update(table).where(
             table.c.job_id == job_id,
@@ -588,7 +598,11 @@ class Ledger:
             "updated_at": self._clock(),
         }
         with self._engine.begin() as connection:
+            job = None if attempt is None else _hold(connection, job_id)
+            if job is not None and job.attempt != attempt:
+                return False
             connection.execute(change.values(values | {"attempts": table.c.attempts + 1}))
+        return True
 
     # --- storage commitment, of results (PS3.4 annex J, as SCU) -------------------------------------------------------
 

@@ -88,7 +88,7 @@ class Site:
         """A worker is at it; the attempt."""
         running = self.ledger.claim(job_id, "worker:gpu1", 60)
         assert running is not None
-        assert self.ledger.heartbeat(job_id, running.attempt, stage, progress, lease_seconds=60)
+        assert self.ledger.heartbeat(running, stage, progress, lease_seconds=60)
         return running.attempt
 
     def finish(self, job_id: str, attempt: int, instances: int) -> None:

@@ -351,17 +351,18 @@ def test_a_result_of_an_older_attempt_changes_nothing(ledger: Ledger, clock: Clo
     ledger.move(job.id, [State.RUNNING], State.QUEUED, actor="sweep", attempt=expired.attempt)
     new = ledger.claim(job.id, "fresh", 10)
     assert new is not None
-    assert not ledger.heartbeat(job.id, old.attempt, lease_seconds=10)
+    assert not ledger.heartbeat(old, lease_seconds=10)
     assert ledger.finish(job.id, old.attempt, actor="slow", report={}) is None
-    assert ledger.heartbeat(job.id, new.attempt, Stage.INFER, 0.5, lease_seconds=10)
+    assert ledger.heartbeat(new, Stage.INFER, 0.5, lease_seconds=10)
     assert ledger.job(job.id) == replace(new, stage=Stage.INFER, progress=0.5)
 
 
 def test_heartbeats_keep_a_lease_alive(ledger: Ledger, clock: Clock) -> None:
     job = a_job(ledger)
-    ledger.claim(job.id, "worker", 10)
+    running = ledger.claim(job.id, "worker", 10)
+    assert running is not None
     clock.advance(9)
-    assert ledger.heartbeat(job.id, 1, lease_seconds=10)
+    assert ledger.heartbeat(running, lease_seconds=10)
     clock.advance(9)
     assert ledger.expired() == []
     clock.advance(2)
@@ -370,11 +371,37 @@ def test_heartbeats_keep_a_lease_alive(ledger: Ledger, clock: Clock) -> None:
 
 def test_a_worker_learns_at_its_next_heartbeat_that_the_job_was_cancelled(ledger: Ledger) -> None:
     job = a_job(ledger)
-    ledger.claim(job.id, "worker", 10)
+    running = ledger.claim(job.id, "worker", 10)
+    assert running is not None
     cancelled = ledger.cancel(job.id, "operator", "wrong patient position")
     assert cancelled is not None
-    assert not ledger.heartbeat(job.id, 1, lease_seconds=10)
+    assert not ledger.heartbeat(running, lease_seconds=10)
     assert ledger.finish(job.id, 1, actor="worker", report={}) is None
+
+
+def test_a_last_heartbeat_does_not_take_back_a_job_that_was_handed_on(ledger: Ledger) -> None:
+    job = a_job(ledger)
+    running = ledger.claim(job.id, "worker", 60)
+    assert running is not None
+    ledger.finish(job.id, running.attempt, actor="worker", report={}, deliveries=deliveries("1"))
+    assert not ledger.heartbeat(running, lease_seconds=60)
+    sending = ledger.claim_delivery(job.id, "worker", 60)
+    assert sending is not None
+    ledger.postpone_delivery(job.id, sending.attempt, ledger.now(), Reason.DESTINATION_UNREACHABLE, "")
+    assert not ledger.heartbeat(sending, lease_seconds=60)
+    assert ledger.claim_delivery(job.id, "worker", 60) is not None
+
+
+def test_who_was_sending_when_a_person_sent_again_has_lost_the_job(ledger: Ledger) -> None:
+    job = a_result(ledger, *deliveries("1"))
+    old = ledger.claim_delivery(job.id, "worker", 60)
+    assert old is not None
+    ledger.move(job.id, [State.DELIVERING], State.FAILED, actor="sweep", reason=Reason.ATTEMPTS_EXHAUSTED)
+    ledger.resend(job.id, "operator")
+    assert not ledger.heartbeat(old, lease_seconds=60)
+    assert not ledger.record_delivery(job.id, "pacs", "2.25.1", DeliveryStatus.FAILED, attempt=old.attempt)
+    assert ledger.delivered(job.id, old.attempt, actor="worker", committing=()) is None
+    assert [row.status for row in ledger.deliveries(job.id)] == [DeliveryStatus.PENDING]
 
 
 def test_a_reason_and_its_detail_reach_the_job_and_its_history(ledger: Ledger) -> None:

@@ -445,6 +445,24 @@ def test_a_cancelled_delivery_stops_between_two_instances(sending: Callable[...,
     assert len(scp.received) < 4
 
 
+def test_a_worker_that_lost_its_delivery_stops_and_leaves_it_to_the_other(sending: Callable[..., Site]) -> None:
+    with running_scp() as scp:
+        site = sending(scp)
+        job_id = site.new_job("pacs")
+        site.worker.process(job_id)
+
+        def take_over() -> None:
+            scp.on_received = lambda: None
+            site.clock.advance(site.settings.lease_seconds)
+            assert site.ledger.claim_delivery(job_id, "worker:2", 60) is not None
+
+        scp.on_received = take_over
+        site.worker.deliver(job_id)
+    assert len(scp.received) == 1
+    assert (site.job(job_id).state, site.job(job_id).worker) == (State.DELIVERING, "worker:2")
+    assert site.statuses(job_id) == [DeliveryStatus.PENDING] * 4
+
+
 def test_a_run_that_gives_no_result_leaves_none_of_an_earlier_run_to_download_or_send(site: Site) -> None:
     job_id = site.new_job("pacs")
     site.worker.process(job_id)

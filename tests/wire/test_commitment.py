@@ -393,6 +393,21 @@ def test_a_resend_asks_again_about_everything(make_site: Callable[..., Site]) ->
     assert len(archive.received) == 8
 
 
+def test_a_worker_that_waits_for_a_report_stops_when_the_job_is_run_again(make_site: Callable[..., Site]) -> None:
+    with running_archive() as archive:
+        site = make_site(archive.port, destination={"commitment_wait_seconds": 20})
+        site.worker.settings = site.settings.model_copy(update={"lease_seconds": 0.2})
+        job_id = site.new_job("pacs")
+        site.worker.process(job_id)
+        waiting = threading.Thread(target=site.worker.deliver, args=(job_id,))
+        waiting.start()
+        wait_until(lambda: archive.requests, what="the request")
+        assert site.ledger.rerun(job_id, "operator") is not None
+        waiting.join(5)
+        assert not waiting.is_alive()
+    assert site.job(job_id).state is State.QUEUED
+
+
 def test_once_switched_off_nobody_is_waited_for(make_site: Callable[..., Site]) -> None:
     with running_archive() as archive:
         site = make_site(archive.port, commitment_timeout_seconds=HOUR)
