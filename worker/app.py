@@ -44,7 +44,7 @@ from service.core.settings import Destination, Settings
 from service.core.spool import Spool
 from service.core.telemetry import Log
 from worker.commitment import request_commitment
-from worker.delivery import Answer, Verdict, backoff_seconds, send
+from worker.delivery import Answer, Verdict, backoff_seconds, is_sendable, send
 from worker.pipeline import Progress, write_result
 
 BEATS_PER_LEASE = 4
@@ -184,6 +184,7 @@ class Worker:
         if job := self.ledger.claim_delivery(job_id, self.name, self.settings.lease_seconds):
             with self._failing(job, State.DELIVERING):
                 with Lease(self.ledger, job, self.settings.lease_seconds) as lease:
+                    self._refuse_lost_result(job)
                     troubles = [trouble for name in self._pending(job) if (trouble := self._send_to(job, name, lease))]
                     lease.check()
                 self._conclude(job, troubles)
@@ -247,6 +248,17 @@ class Worker:
             if delivery.status is DeliveryStatus.PENDING:
                 pending.setdefault(delivery.destination, []).append(delivery)
         return pending
+
+    def _refuse_lost_result(self, job: Job) -> None:
+        """Half a result is not sent: another run makes it anew, with the same UIDs.
+
+        Raises:
+            Permanent: RESULT_LOST.
+        """
+        folder = self.spool.result_dir(job.id)
+        paths = {item.path for item in self.ledger.deliveries(job.id) if item.status is DeliveryStatus.PENDING}
+        if lost := sum(not is_sendable(folder / path) for path in paths):
+            raise Permanent(Reason.RESULT_LOST, f"{lost} of {len(paths)} files to send are gone or damaged")
 
     def _send_to(self, job: Job, name: str, lease: Lease) -> Retryable | Permanent | None:
         """Send to one destination and note every answer; the trouble that ended it early, if any."""

@@ -108,6 +108,11 @@ def backoff_seconds(attempt: int, first_seconds: float, cap_seconds: float, rng:
     return longest * rng.uniform(0.5, 1.0)
 
 
+def is_sendable(path: Path) -> bool:
+    """Whether a file is there, and DICOM."""
+    return _syntax_of(path) is not None
+
+
 def _syntax_of(path: Path) -> tuple[str, str] | None:
     """(SOP class UID, transfer syntax UID) of a file, None if it is gone or not DICOM."""
     try:

@@ -112,6 +112,7 @@ class Reason(Enum):
     OUTPUT_INVALID = (Outcome.FAILED, "The result did not pass its own checks and was discarded.")
     STORAGE_FULL = (Outcome.FAILED, "The disk of the spool is full. Free space, then re-run the job.")
     INPUT_LOST = (Outcome.FAILED, "The stored input of this job is no longer complete. Send the study again.")
+    RESULT_LOST = (Outcome.FAILED, "The stored result of this job is no longer complete. Re-run the job.")
     DESTINATION_UNREACHABLE = (
         Outcome.FAILED,
         "The destination could not be reached in all attempts. Check it, then re-send the job.",

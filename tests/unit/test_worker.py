@@ -371,6 +371,29 @@ def test_a_destination_is_sent_the_kinds_that_it_takes(sending: Callable[..., Si
     assert sorted(scp.received) == sorted(uid("derived", "sd_plus", n) for n in range(2))
 
 
+@pytest.mark.parametrize("content", [None, b"not DICOM"])
+def test_a_result_that_has_gone_is_named_and_not_sent_in_parts(
+    sending: Callable[..., Site], content: bytes | None
+) -> None:
+    with running_scp() as scp:
+        site = sending(scp)
+        job_id = site.new_job("pacs")
+        site.worker.process(job_id)
+        file = site.spool.result_dir(job_id) / "sd" / "0002.dcm"
+        file.unlink()
+        if content:
+            file.write_bytes(content)
+        site.worker.deliver(job_id)
+        job = site.job(job_id)
+        assert (job.state, job.reason) == (State.FAILED, Reason.RESULT_LOST)
+        assert job.detail == "1 of 4 files to send are gone or damaged"
+        assert scp.received == []
+        site.ledger.rerun(job_id, "operator")
+        site.worker.process(job_id)
+        site.worker.deliver(job_id)
+    assert site.job(job_id).state is State.DELIVERED
+
+
 def test_only_what_the_archive_could_not_take_is_sent_again(sending: Callable[..., Site]) -> None:
     with running_scp(statuses=[0x0000, 0xA700, 0x0000, 0xA700]) as scp:
         site = sending(scp)
