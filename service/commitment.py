@@ -16,7 +16,6 @@ from typing import Any
 from pynetdicom import AE, build_role, evt
 from pynetdicom.association import Association
 from pynetdicom.events import EventHandlerType
-from sqlalchemy.exc import SQLAlchemyError
 
 from service.core.accepted import TRANSFER_SYNTAXES
 from service.core.commitment import (
@@ -81,11 +80,11 @@ class Commitment:
         return [(evt.EVT_N_ACTION, self._answer_request), (evt.EVT_N_EVENT_REPORT, self._answer_report)]
 
     def report_until(self, stop: threading.Event) -> None:
-        """Send the reports that are due, until told to stop. A database or disk that is away is waited for."""
+        """Send the reports that are due, until told to stop. Whatever goes wrong is logged and tried again."""
         while not stop.is_set():
             try:
                 self.report_due()
-            except (SQLAlchemyError, OSError) as error:
+            except Exception as error:  # noqa: BLE001  the end of a thread: nobody else would hear of it, or report again
                 LOG.failure("reports were not sent; it will be repeated", error)
             stop.wait(self._settings.sweep_seconds)
 
@@ -130,6 +129,10 @@ class Commitment:
         requestor = self._requestor(request.ae_title)
         if requestor is None:
             LOG.warning("commitment not reported: no longer among commitment_requestors", ae_title=request.ae_title)
+            self._ledger.settle_request(request, None)
+            return
+        if request.tries > MOST_TRIES:
+            LOG.warning("commitment report given up: it ended in an error every time", ae_title=request.ae_title)
             self._ledger.settle_request(request, None)
             return
         status = self._send(self._judge(request), requestor)

@@ -21,6 +21,7 @@ from service.core.spool import Spool
 
 VERIFICATION = "1.2.840.10008.1.1"  # SOP class, PS3.4 annex A
 ANSWER_SECONDS = 5.0
+OVERDUE_SECONDS = 300.0  # a listener that lives reports within seconds, one after the other
 
 
 class CheckFailedError(Exception):
@@ -45,11 +46,13 @@ class Finding:
 
 
 def checks(settings: Settings) -> list[Check]:
-    """Database, spool, disk, broker and every destination."""
+    """Database, spool, disk, broker, every destination, and our reports to others where they may ask for them."""
+    reports = [Check("commitment reports", lambda: _reports(settings))] if settings.commitment_requestors else []
     return [
         Check("database", lambda: _database(settings)),
         Check("spool", lambda: _spool(settings)),
         Check("broker", lambda: _broker(settings)),
+        *reports,
         *(Check(f"destination {item.name}", partial(_destination, item)) for item in settings.destinations),
     ]
 
@@ -89,6 +92,19 @@ def _broker(settings: Settings) -> str:
     if not is_reachable(make_celery(settings)):
         raise CheckFailedError("does not answer; studies are taken in but not computed; see broker_url")
     return "answers"
+
+
+def _reports(settings: Settings) -> str:
+    try:
+        with Ledger.open(settings.ledger_url) as ledger:
+            overdue = ledger.overdue_requests(OVERDUE_SECONDS + settings.sweep_seconds)
+    except (SQLAlchemyError, OSError) as error:
+        raise CheckFailedError(f"cannot be told without the database ({type(error).__name__})") from None
+    if overdue:
+        raise CheckFailedError(
+            f"{overdue} are overdue: no listener sends them; is `lowgad listen` running, what is its log?"
+        )
+    return "none is overdue"
 
 
 def _destination(destination: Destination) -> str:

@@ -126,7 +126,7 @@ def running_scp(
     abort_after: int | None = None,
 ) -> Iterator[StorageScp]:
     """A pynetdicom SCP. `abort_after` drops the association after so many answers."""
-    scp = StorageScp(free_port(), ae_title, list(statuses))
+    scp = StorageScp(0, ae_title, list(statuses))
 
     def on_store(event: evt.Event) -> int:
         with scp.lock:
@@ -142,7 +142,8 @@ def running_scp(
     entity.require_called_aet = called_ae_required
     for sop_class in sop_classes:
         entity.add_supported_context(sop_class, list(transfer_syntaxes))
-    server = entity.start_server(("127.0.0.1", scp.port), block=False, evt_handlers=[(evt.EVT_C_STORE, on_store)])
+    server = entity.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, on_store)])
+    scp.port = int(server.server_address[1])
     try:
         yield scp
     finally:

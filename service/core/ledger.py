@@ -789,6 +789,11 @@ class Ledger:
         with self._engine.begin() as connection:
             connection.execute(update(table).where(same).values(due_at=due_at))
 
+    def overdue_requests(self, seconds: float) -> int:
+        """How many requests have been due for longer than that: nobody reports."""
+        table, since = schema.commitment_requests, self._clock() - timedelta(seconds=seconds)
+        return int(self._read(select(func.count()).select_from(table).where(table.c.due_at <= since))[0][0])
+
     # --- what the sweep asks ------------------------------------------------------------------------------------------
 
     def expired(self) -> list[Job]:

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from click.testing import CliRunner
 
 from lowgad import main
-from service.core.settings import Destination, Settings
+from service.core.commitment import Reference, Request
+from service.core.ledger import Ledger
+from service.core.settings import CommitmentRequestor, Destination, Settings
 from service.doctor import checks, examine
-from tests.peers import free_port, running_scp
+from tests.conftest import Clock
+from tests.peers import MR_IMAGE_STORAGE, free_port, running_scp
 
 VERIFICATION = "1.2.840.10008.1.1"
 
@@ -39,6 +43,18 @@ def test_a_database_and_a_broker_that_are_away_are_findings_without_secrets(tmp_
     )
     assert (found["database"][0], found["broker"][0]) == (False, False)
     assert "hunter2" not in str(found)
+
+
+def test_reports_of_storage_commitment_that_nobody_sends_are_a_finding(tmp_path: Path, clock: Clock) -> None:
+    modality = CommitmentRequestor(ae_title="MODALITY", host="127.0.0.1", port=104)
+    settings = Settings(data_dir=tmp_path, commitment_requestors=(modality,))
+    assert findings(settings)["commitment reports"] == (True, "none is overdue")
+    clock.now = datetime.now(UTC) - timedelta(hours=1)
+    with Ledger.open(settings.ledger_url, clock) as ledger:
+        ledger.add_request("MODALITY", Request("2.25.1", (Reference(MR_IMAGE_STORAGE, "1.2.3"),)))
+    ok, detail = findings(settings)["commitment reports"]
+    assert not ok
+    assert "1 are overdue" in detail
 
 
 def test_a_destination_is_asked_by_echo(tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ from pydicom import dcmread
 from pynetdicom import AE, build_role, evt
 from pynetdicom.association import Association
 
-from service.commitment import MOST_TRIES, Commitment
+from service.commitment import CLAIM_SECONDS, MOST_TRIES, Commitment
 from service.core.commitment import PUSH_MODEL, PUSH_MODEL_INSTANCE, Reference, Report, Request
 from service.core.errors import Reason
 from service.core.job import Kind, State
 from service.core.ledger import Ledger
 from service.core.settings import CommitmentRequestor
+from service.core.spool import Spool
 from service.intake import Intake
 from service.listener import Listener
 from tests.conftest import Clock
@@ -558,6 +559,50 @@ def test_a_modality_that_never_comes_back_is_given_up(make_site: Callable[..., S
     for _ in range(MOST_TRIES):
         Commitment(site.settings, site.ledger, site.spool, site.clock).report_due()
         site.clock.advance(HOUR)
+    assert site.ledger.claim_request(1) is None
+
+
+class Broken(Spool):
+    """Does what nobody has foreseen, as often as `failures` says."""
+
+    failures = 1
+
+    def is_whole(self, sha256: str) -> bool:
+        if self.failures:
+            self.failures -= 1
+            raise RuntimeError("unforeseen")
+        return super().is_whole(sha256)
+
+
+def test_an_unforeseen_error_is_logged_and_ends_neither_the_reporting_nor_the_request(
+    make_site: Callable[..., Site], caplog: pytest.LogCaptureFixture
+) -> None:
+    with running_modality() as modality:
+        site = receiving(make_site, modality.port)
+        site.ledger.add_request("MODALITY", Request("2.25.9", REFERENCES))
+        settings, stop = site.settings.model_copy(update={"sweep_seconds": 0.02}), threading.Event()
+        commitment = Commitment(settings, site.ledger, Broken(site.settings.spool_dir), site.clock)
+        reporting = threading.Thread(target=commitment.report_until, args=(stop,))
+        reporting.start()
+        wait_until(lambda: any(record.exc_info for record in caplog.records), what="the error in the log")
+        site.clock.advance(CLAIM_SECONDS)
+        wait_until(lambda: modality.reports, what="the report")
+        stop.set()
+        reporting.join()
+    assert set(modality.reports[0].committed) == set(REFERENCES)
+
+
+def test_a_request_that_always_ends_in_an_unforeseen_error_is_given_up(make_site: Callable[..., Site]) -> None:
+    site = receiving(make_site, free_port())
+    site.ledger.add_request("MODALITY", Request("2.25.9", REFERENCES))
+    broken = Broken(site.settings.spool_dir)
+    broken.failures = 2 * MOST_TRIES
+    for _ in range(MOST_TRIES):
+        with pytest.raises(RuntimeError, match="unforeseen"):
+            Commitment(site.settings, site.ledger, broken, site.clock).report_due()
+        site.clock.advance(CLAIM_SECONDS)
+    Commitment(site.settings, site.ledger, broken, site.clock).report_due()
+    site.clock.advance(CLAIM_SECONDS)
     assert site.ledger.claim_request(1) is None
 
 
