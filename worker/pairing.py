@@ -17,7 +17,7 @@ from typing import NoReturn
 import numpy as np
 
 from models.agents import find_agent
-from models.quality import Verdict
+from models.quality import LIMITS, Verdict
 from service.core.errors import Permanent, Reason
 from service.core.header import date_and_time, has_contrast, numbers, other_body_part, texts, why_not_t1, words
 from service.core.protocols import Protocol, names_of, stated
@@ -138,18 +138,24 @@ def _alike(usable: Sequence[Account]) -> list[tuple[Account, Account]]:
     if not alike:
         if len(couples) == 1:
             _refuse_unlike(*(one.series for one in couples[0]))
-        raise Permanent(Reason.PAIR_NOT_COMPARABLE, f"{len(usable)} T1 series, no two alike")
+        detail = [
+            f"{len(usable)} T1 series, no two alike",
+            *(f"{one.label} is {describe(one.series)}" for one in usable),
+        ]
+        raise Permanent(Reason.PAIR_NOT_COMPARABLE, "; ".join(detail))
     return alike
 
 
 def _refuse_unlike(one: Series, other: Series) -> NoReturn:
     """Refuse two series, whoever named them, with what they differ in and the figures of their headers."""
-    detail = [f"the two T1 series differ in {', '.join(_differences(one, other))}"]
-    detail += [f"{series.label} is {describe(series)}" for series in (one, other)]
     figures = judge_likeness(one, other)
-    raise Permanent(
-        Reason.PAIR_NOT_COMPARABLE, "; ".join(detail), report={"quality": [figure.row() for figure in figures]}
-    )
+    detail = [f"the two T1 series differ in {', '.join(_differences(one, other))}"]
+    detail += [
+        f"{bad.name} is {bad.value:g}: {LIMITS[bad.name].meaning}" for bad in figures if bad.verdict is Verdict.REFUSE
+    ]
+    detail += [f"{series.label} is {describe(series)}" for series in (one, other)]
+    report = {"quality": [figure.row() for figure in figures]}
+    raise Permanent(Reason.PAIR_NOT_COMPARABLE, "; ".join(detail), report=report)
 
 
 def _of_one_visit(alike: Sequence[tuple[Account, Account]]) -> list[tuple[Account, Account]]:
@@ -353,4 +359,4 @@ def _differences(one: Series, other: Series) -> list[str]:
         turned = np.dot(np.cross(*axes(one.header)), np.cross(*axes(other.header))) < np.cos(np.radians(5))
         turned |= np.dot(axes(one.header)[0], axes(other.header)[0]) < np.cos(np.radians(5))
         found += ["ImageOrientationPatient"] * bool(turned)
-    return found + [str(figure) for figure in judge_likeness(one, other) if figure.verdict is Verdict.REFUSE]
+    return found + [figure.name for figure in judge_likeness(one, other) if figure.verdict is Verdict.REFUSE]

@@ -16,6 +16,7 @@ from typing import Any
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 from pydicom.sequence import Sequence
+from pydicom.valuerep import PersonName
 
 PRODUCT_NAME = "lowgad"  # with the private block, how our own images are recognised
 PRIVATE_GROUP, PRIVATE_CREATOR = 0x4C47, "LOWGAD SYNTHCE 1"
@@ -48,8 +49,14 @@ def texts(header: Dataset, keyword: str) -> list[str]:
     """
     value: Any = next(values(header, keyword), None)
     several = value if isinstance(value, MultiValue | list) else [value]
-    found = [item.decode("latin-1") if isinstance(item, bytes) else str(item) for item in several if item is not None]
-    return [text.strip() for text in found if text.strip()]
+    found = [_text(item).strip() for item in several if item is not None]
+    return [text for text in found if text]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, PersonName) and "\N{REPLACEMENT CHARACTER}" in str(value):
+        value = value.original_string
+    return value.decode("latin-1") if isinstance(value, bytes) else str(value)
 
 
 def numbers(header: Dataset, keyword: str) -> list[float]:

@@ -139,6 +139,19 @@ def test_nothing_to_read_is_an_empty_upload() -> None:
     assert refused.value.reason is Reason.EMPTY_UPLOAD
 
 
+@pytest.mark.filterwarnings("ignore:Failed to decode byte string")
+@pytest.mark.parametrize("keyword", ["PatientID", "PatientName"])
+def test_two_patients_are_told_apart_by_letters_that_their_character_set_does_not_hold(
+    tmp_path: Path, keyword: str
+) -> None:
+    paths = write_study(tmp_path, pre_changes={keyword: "M\u00fcller"}, low_changes={keyword: "M\u00f6ller"})
+    for path in paths:
+        path.write_bytes(path.read_bytes().replace(b"ISO_IR 100", b"ISO_IR 192"))
+    with pytest.raises(Permanent) as refused:
+        read_study(paths)
+    assert refused.value.reason is Reason.TWO_PATIENTS
+
+
 def test_a_refusal_never_quotes_what_identifies_a_patient(tmp_path: Path) -> None:
     write_study(tmp_path, odd=["two_patients"])
     with pytest.raises(Permanent) as refused:
