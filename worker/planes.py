@@ -10,6 +10,7 @@ Must never decode pixels before their size is bounded, inflate a deflated data s
 
 from __future__ import annotations
 
+import copy
 import math
 import struct
 from collections.abc import Iterable, Iterator
@@ -215,10 +216,13 @@ _FUNCTIONAL_GROUPS = frozenset({"SharedFunctionalGroupsSequence", "PerFrameFunct
 
 
 def _flat_header(top: Iterable[DataElement], groups: Iterable[Dataset]) -> Dataset:
-    """The attributes of one frame under the keywords of classic MR; the frame outranks the object."""
+    """The attributes of one frame under the keywords of classic MR; the frame outranks the object.
+
+    The elements are copies: what a frame is given under a classic keyword is not said of the other frames, too.
+    """
     header = Dataset()
     for element in top:
-        header[element.tag] = element
+        header[element.tag] = copy.copy(element)
     for group in groups:
         for macro in group:
             if macro.VR == VR.SQ and not macro.is_private:
@@ -226,7 +230,7 @@ def _flat_header(top: Iterable[DataElement], groups: Iterable[Dataset]) -> Datas
                 converted = macro.keyword.startswith("Unassigned")  # of the slices that a legacy object was made from
                 for element in macro.value[0] if macro.value else ():
                     if not element.is_private and not (converted and element.tag in header):
-                        header[element.tag] = element
+                        header[element.tag] = copy.copy(element)
     _name_as_classic(header)
     return header
 
@@ -235,6 +239,7 @@ _SAME_TEXT = (
     ("ImageType", "FrameType"),
     ("ImagedNucleus", "ResonantNucleus"),
     ("AcquisitionNumber", "FrameAcquisitionNumber"),
+    ("AcquisitionDateTime", "FrameAcquisitionDateTime"),
     ("TemporalPositionIdentifier", "TemporalPositionIndex"),
 )
 

@@ -319,6 +319,18 @@ def test_images_from_enhanced_input_name_object_and_frame(tmp_path: Path) -> Non
     assert "ContrastBolusVolume" not in images[0].ContrastBolusAgentSequence[0]
 
 
+def test_images_from_enhanced_input_tell_the_moment_of_their_frame_alike_wherever_they_do(tmp_path: Path) -> None:
+    datasets = make_pair()
+    for series in (datasets.pre, datasets.low):
+        for k, dataset in enumerate(series):
+            dataset.AcquisitionTime = f"{int(dataset.AcquisitionTime) + k:06}.25"
+    written = {str(dataset.AcquisitionTime) for dataset in datasets.pre}
+    images = derived(enhanced_pair(tmp_path, datasets), Kind.SD)
+    assert {str(image.AcquisitionTime) for image in images} == written
+    for image in images:
+        assert str(image.AcquisitionDateTime) == str(image.AcquisitionDate) + str(image.AcquisitionTime)
+
+
 def test_the_same_input_model_and_configuration_give_the_same_uids_and_any_other_give_others(tmp_path: Path) -> None:
     pair = paired(tmp_path / "a")
 

@@ -307,6 +307,7 @@ def test_series_of_different_sequence_or_geometry_are_no_pair(tmp_path: Path, ch
 
 
 FSPGR = {"sequence": "SPGR", "vendor": "ge", "pre_description": "SAG 3D FSPGR", "low_description": "SAG 3D FSPGR +C"}
+NO_INVERSION = {"pre_changes": {"InversionTime": "0"}}
 AS_FLASH = {
     "SeriesDescription": "t1_fl3d_KM",
     "ProtocolName": "t1_fl3d_KM",
@@ -324,7 +325,7 @@ AS_FLASH = {
 @pytest.mark.parametrize(
     ("options", "figures"),
     [
-        (FSPGR | {"low_changes": {"InversionTime": "450"}}, {"sequence_class"}),  # all else is alike
+        (FSPGR | NO_INVERSION | {"low_changes": {"InversionTime": "450"}}, {"sequence_class"}),  # all else is alike
         ({"low_changes": AS_FLASH}, {"sequence_class", "timing_change", "contrast_change"}),
         ({"low_changes": {"InversionTime": "830", "RepetitionTime": "2130"}}, {"contrast_change"}),
     ],
@@ -352,6 +353,9 @@ def test_a_like_series_is_preferred_to_an_unlike_one(tmp_path: Path) -> None:
         {"low_changes": {"EchoTime": "3.05", "RepetitionTime": "2310"}},  # what a scanner fits to each series
         {"sequence": "SPGR", "vendor": "ge", "pre_description": "Sag BRAVO", "low_description": "Sag T1 POST"},
         {"low_changes": {"InversionTime": None}},  # stated once, and the class is plain without it
+        FSPGR | {"low_changes": {"InversionTime": "450"}},  # stated once, and the class hangs on it
+        FSPGR | {"low_changes": {"RepetitionTime": "2300"}, "pre_changes": {"RepetitionTime": "0"}},
+        {"low_changes": {"RepetitionTime": "0", "EchoTime": "0", "InversionTime": "0", "FlipAngle": "0"}},
     ],
 )
 def test_a_like_pair_passes_whatever_its_headers_say_in_other_words(tmp_path: Path, options: dict[str, Any]) -> None:
