@@ -114,9 +114,11 @@ class Commitment:
         ae_title = peer["ae_title"]
         with answering(LOG, **peer) as answer:
             report, asked = report_in(event), self._settings.reported_by(ae_title)
-            job_id = self._ledger.answer_commitment(report, asked, actor=f"dimse:{ae_title}")
-            words = "storage commitment refused" if report.failed else "storage committed"
-            LOG.info(words, job_id=job_id, ae_title=ae_title, count=len(report.failed or report.committed))
+            noted = self._ledger.answer_commitment(report, asked, actor=f"dimse:{ae_title}")
+            counts = {"storage committed": noted.committed, "storage commitment refused": noted.refused}
+            for words, count in counts.items():
+                if count:
+                    LOG.info(words, job_id=noted.job_id, ae_title=ae_title, count=count)
         return answer[0], None
 
     def _requestor(self, ae_title: str) -> CommitmentRequestor | None:

@@ -118,7 +118,7 @@ class Listener:
             LOG.failure("object not stored", error, status=OUT_OF_RESOURCES, **peer)
             is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
             return _status(OUT_OF_RESOURCES, "disk full" if is_full else "storage is not available")
-        except Exception as error:  # noqa: BLE001  one of the two places: an association must not end without an answer
+        except Exception as error:  # noqa: BLE001  an association must not end without an answer
             LOG.failure("unexpected error", error, status=UNEXPECTED, **peer)
             return _status(UNEXPECTED, "unexpected error; see the log")
 

@@ -105,10 +105,18 @@ def _uid(header: Dataset, keyword: str) -> str:
 
 
 def _patient(header: Dataset) -> str:
-    values = [str(header.get(keyword) or "").strip() for keyword in ("IssuerOfPatientID", "PatientID")]
+    values = [_letters(header, keyword) for keyword in ("IssuerOfPatientID", "PatientID")]
     if not values[1]:
-        values = [str(header.get(keyword) or "").strip() for keyword in ("PatientName", "PatientBirthDate")]
-    return hashlib.sha256("\0".join(values).encode(errors="replace")).hexdigest()
+        values = [_letters(header, keyword) for keyword in ("PatientName", "PatientBirthDate")]
+    return hashlib.sha256(b"\0".join(values)).hexdigest()
+
+
+def _letters(header: Dataset, keyword: str) -> bytes:
+    """Text in UTF-8, in whatever character set it came; the bytes that came where they are not in the stated one."""
+    element = header.get_item(keyword)
+    text = str(header.get(keyword) or "").strip()
+    is_whole = "\N{REPLACEMENT CHARACTER}" not in text
+    return text.encode(errors="replace") if is_whole or element is None else bytes(element.value or b"").strip()
 
 
 def _file_head(sop_class_uid: str, sop_instance_uid: str, transfer_syntax: UID) -> bytes:

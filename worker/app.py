@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
@@ -192,7 +192,7 @@ class Worker:
         if job := self.ledger.claim_commitment(job_id, self.name, seconds, committing):
             with self._failing(job, State.DELIVERED):
                 with Lease(self.ledger, job, seconds) as lease:
-                    said = self._ask_all(job, committing, lease)
+                    said = self._ask_all(job, lease)
                 self.ledger.leave_waiting(job.id, job.attempt, "; ".join(filter(None, said)))
 
     # --- computing ----------------------------------------------------------------------------------------------------
@@ -317,12 +317,12 @@ class Worker:
     # --- storage commitment -------------------------------------------------------------------------------------------
 
     def _commitment_of(self, destination: str) -> Commitment:
-        return Commitment.WANTED if destination in self.settings.committing else Commitment.NONE
+        return Commitment.WANTED if self.settings.committing.get(destination) else Commitment.NONE
 
-    def _ask_all(self, job: Job, names: Collection[str], lease: Lease) -> list[str]:
-        """Ask every destination, whatever the others say, then raise what the first hopeless one said."""
+    def _ask_all(self, job: Job, lease: Lease) -> list[str]:
+        """Ask every destination that owes one, whatever the others say, then raise what the first hopeless one said."""
         said, hopeless = [], []
-        for name in sorted(names):
+        for name in sorted({item.destination for item in self.ledger.deliveries(job.id) if item.is_open}):
             try:
                 said.append(self._ask_when_due(job, name, lease))
             except Permanent as error:

@@ -208,6 +208,15 @@ class Transaction:
 
 
 @dataclass(frozen=True)
+class Noted:
+    """What a report of storage commitment changed: how many instances of the job are now kept, and how many refused."""
+
+    job_id: str
+    committed: int = 0
+    refused: int = 0
+
+
+@dataclass(frozen=True)
 class CommitmentRequest:
     """One request for storage commitment that somebody made of us and that is to be answered."""
 
@@ -576,14 +585,14 @@ class Ledger:
         sop_instance_uid: str,
         status: DeliveryStatus,
         *,
+        attempt: int,
         dimse_status: int | None = None,
         error: str = "",
-        attempt: int | None = None,
     ) -> bool:
         """Note what the destination said about one instance, as soon as it has said it.
 
         Returns:
-            False when the job is no longer `attempt`'s, where given: stop.
+            False when the job is no longer this attempt's, or no more: stop.
         """
         table = schema.deliveries
         change = update(table).where(
@@ -598,16 +607,16 @@ class Ledger:
             "updated_at": self._clock(),
         }
         with self._engine.begin() as connection:
-            job = None if attempt is None else _hold(connection, job_id)
-            if job is not None and job.attempt != attempt:
+            job = _hold(connection, job_id)
+            if job is None or job.attempt != attempt:
                 return False
             connection.execute(change.values(values | {"attempts": table.c.attempts + 1}))
         return True
 
     # --- storage commitment, of results (PS3.4 annex J, as SCU) -------------------------------------------------------
 
-    def delivered(self, job_id: str, attempt: int, *, actor: str, committing: Collection[str]) -> Job | None:
-        """Everything is sent: DELIVERING -> DELIVERED. The destinations in `committing` are to be asked to keep it."""
+    def delivered(self, job_id: str, attempt: int, *, actor: str, committing: Mapping[str, bool]) -> Job | None:
+        """Everything is sent: DELIVERING -> DELIVERED. `committing` says which destinations are asked to keep it."""
         values = {"reason": None, "detail": "", "due_at": None, "enqueued_at": None, "lease_until": None}
         with self._engine.begin() as connection:
             row = self._swap(
@@ -619,7 +628,7 @@ class Ledger:
             return self._settle(connection, job_id, actor)
 
     def claim_commitment(
-        self, job_id: str, worker: str, lease_seconds: float, committing: Collection[str]
+        self, job_id: str, worker: str, lease_seconds: float, committing: Mapping[str, bool]
     ) -> Job | None:
         """Take a DELIVERED job of which some destination is to be asked now; None when there is nothing to ask."""
         table, now = schema.jobs, self._clock()
@@ -689,7 +698,7 @@ class Ledger:
         rows = self._read(select(table).where(table.c.job_id == job_id).order_by(table.c.asked_at))
         return [_transaction(row) for row in rows]
 
-    def answer_commitment(self, report: Report, destinations: Collection[str], *, actor: str) -> str:
+    def answer_commitment(self, report: Report, destinations: Collection[str], *, actor: str) -> Noted:
         """Note what a destination answered, once. With its last instance committed, the job is COMMITTED.
 
         A destination that commits itself late has still committed itself; a late refusal is overtaken by the request
@@ -700,9 +709,6 @@ class Ledger:
             report: the answer.
             destinations: for whom whoever reports may speak.
             actor: for the history.
-
-        Returns:
-            The id of the job.
 
         Raises:
             MessageError: no such request was made, or of somebody else.
@@ -720,11 +726,11 @@ class Ledger:
                     update(table).where(table.c.transaction_uid == report.transaction_uid).values(answer)
                 )
                 committed, failed = _compared(connection, asked, report)
-                _note_committed(connection, asked, committed)
-                if _is_latest(connection, asked):
-                    _note_refused(connection, asked, failed)
+                kept = _note_committed(connection, asked, committed)
+                refused = _note_refused(connection, asked, failed) if _is_latest(connection, asked) else 0
                 self._settle(connection, asked.job_id, actor)
-        return str(asked.job_id)
+                return Noted(asked.job_id, kept, refused)
+        return Noted(asked.job_id)
 
     def leave_waiting(self, job_id: str, attempt: int, detail: str) -> Job | None:
         """Give a claimed DELIVERED job back; the sweep enqueues it when the next request is due."""
@@ -826,7 +832,7 @@ class Ledger:
         with self._engine.begin() as connection:
             connection.execute(change.values(enqueued_at=self._clock()))
 
-    def forget(self, before: datetime, committing: Collection[str]) -> int:
+    def forget(self, before: datetime, committing: Mapping[str, bool]) -> int:
         """Delete everything about studies in which nothing has happened since, and nothing is under way.
 
         A result whose destination is asked for storage commitment is under way until it is COMMITTED or a person
@@ -834,7 +840,8 @@ class Ledger:
 
         Args:
             before: what was touched since stays.
-            committing: the destinations that are asked now; a site may have switched it off since a job was made.
+            committing: whether each destination is asked now; a site may have switched it off since a job was made. One
+                that is not named was renamed or removed, which switches nothing off.
 
         Returns:
             How many studies were forgotten.
@@ -1100,22 +1107,27 @@ def _batches(uids: Sequence[str]) -> Iterator[Sequence[str]]:
     return (uids[start : start + 500] for start in range(0, len(uids), 500))
 
 
-def _lacks_commitment(destinations: Collection[str]) -> ColumnElement[bool]:
-    """Whether one of these owes storage commitment of the job."""
+def _lacks_commitment(committing: Mapping[str, bool]) -> ColumnElement[bool]:
+    """Whether some destination, for which it is not switched off, owes storage commitment of the job."""
     table = schema.deliveries
-    open_there = and_(table.c.commitment.in_(OPEN_VALUES), table.c.destination.in_(list(destinations)))
+    open_there = and_(table.c.commitment.in_(OPEN_VALUES), table.c.destination.not_in(_switched(committing, on=False)))
     owed = exists().where(table.c.job_id == schema.jobs.c.id, open_there)
     return and_(owed, schema.jobs.c.state != State.CANCELLED.value)
 
 
-def _choose_committing(connection: Connection, job_id: str, destinations: Collection[str]) -> None:
-    """Ask these, and no others: a site may have switched it on or off since the job was made."""
+def _choose_committing(connection: Connection, job_id: str, committing: Mapping[str, bool]) -> None:
+    """Ask these, and not those: a site may have switched it on or off since the job was made."""
     table = schema.deliveries
-    of_job, among = table.c.job_id == job_id, table.c.destination.in_(list(destinations))
-    on = update(table).where(of_job, among, table.c.commitment == Commitment.NONE.value)
-    off = update(table).where(of_job, ~among, table.c.commitment.in_(OPEN_VALUES))
+    of_job = table.c.job_id == job_id
+    to_ask, not_to_ask = (table.c.destination.in_(_switched(committing, on=on)) for on in (True, False))
+    on = update(table).where(of_job, to_ask, table.c.commitment == Commitment.NONE.value)
+    off = update(table).where(of_job, not_to_ask, table.c.commitment.in_(OPEN_VALUES))
     connection.execute(on.values(commitment=Commitment.WANTED.value))
     connection.execute(off.values(commitment=Commitment.NONE.value, failure_reason=None))
+
+
+def _switched(committing: Mapping[str, bool], *, on: bool) -> list[str]:
+    return [name for name, is_on in committing.items() if is_on == on]
 
 
 def _hold(connection: Connection, job_id: str) -> Row[Any] | None:
@@ -1148,22 +1160,24 @@ def _compared(connection: Connection, asked: Row[Any], report: Report) -> tuple[
     return committed, dict.fromkeys(others - committed, CLASS_INSTANCE_CONFLICT) | failed
 
 
-def _note_committed(connection: Connection, asked: Row[Any], sop_instance_uids: Collection[str]) -> None:
-    table = schema.deliveries
+def _note_committed(connection: Connection, asked: Row[Any], sop_instance_uids: Collection[str]) -> int:
+    table, noted = schema.deliveries, 0
     for some in _batches(sorted(sop_instance_uids)):
         named = and_(_asked_about(asked), table.c.sop_instance_uid.in_(some), table.c.commitment.in_(OPEN_VALUES))
         values = {"commitment": Commitment.COMMITTED.value, "status": DeliveryStatus.SENT.value, "failure_reason": None}
-        connection.execute(update(table).where(named).values(values))
+        noted += connection.execute(update(table).where(named).values(values)).rowcount
+    return noted
 
 
-def _note_refused(connection: Connection, asked: Row[Any], failed: Mapping[str, int]) -> None:
-    table = schema.deliveries
+def _note_refused(connection: Connection, asked: Row[Any], failed: Mapping[str, int]) -> int:
+    table, noted = schema.deliveries, 0
     for reason in set(failed.values()):
         for some in _batches(sorted(uid for uid, why in failed.items() if why == reason)):
             named = and_(_asked_about(asked), table.c.sop_instance_uid.in_(some))
             wanted = and_(named, table.c.commitment == Commitment.WANTED.value)
             values = {"commitment": Commitment.REFUSED.value, "failure_reason": reason}
-            connection.execute(update(table).where(wanted).values(values))
+            noted += connection.execute(update(table).where(wanted).values(values)).rowcount
+    return noted
 
 
 def _is_latest(connection: Connection, asked: Row[Any]) -> bool:

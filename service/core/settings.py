@@ -24,6 +24,7 @@ from service.core.protocols import KEYWORDS, QUANTITIES, Protocol
 
 PREFIX = "LOWGAD_"
 EMBEDDED_BROKER = "embedded"
+REPLACED = {"commitment_max_attempts": "commitment_limit_seconds"}  # names of settings that are gone, and what came
 SITE_FILE_ONLY = frozenset({"destinations", "commitment_requestors", "protocols"})  # tables; no variable can hold them
 
 
@@ -239,9 +240,9 @@ class Settings(BaseModel):
         return self.data_dir / "broker"
 
     @property
-    def committing(self) -> frozenset[str]:
-        """Names of the destinations that are asked for storage commitment."""
-        return frozenset(item.name for item in self.destinations if item.storage_commitment)
+    def committing(self) -> dict[str, bool]:
+        """Whether each destination, by name, is asked for storage commitment."""
+        return {item.name: item.storage_commitment for item in self.destinations}
 
     def reported_by(self, ae_title: str) -> frozenset[str]:
         """Names of the destinations on which that AE title's reports of storage commitment are believed."""
@@ -294,6 +295,10 @@ def _read_secret(variable: str, path: Path) -> str:
 
 
 def _unknown(name: str, known: list[str], line: str = "") -> SettingsError:
+    prefix, field = PREFIX * name.startswith(PREFIX), name.removeprefix(PREFIX).lower().removesuffix("_file")
+    if field in REPLACED:
+        successor = REPLACED[field].upper() if prefix else REPLACED[field]
+        return SettingsError(f"{line}unknown setting {name}; {prefix}{successor} has taken its place")
     near = difflib.get_close_matches(name, known, n=1)
     return SettingsError(f"{line}unknown setting {name}" + (f"; did you mean {near[0]}?" if near else ""))
 

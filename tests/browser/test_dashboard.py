@@ -187,11 +187,12 @@ def test_a_click_that_comes_too_late_is_explained(site: Site, page: Chrome) -> N
 
 def test_one_page_tells_everything_about_a_job(site: Site, page: Chrome) -> None:
     job_id = site.job()
-    site.finish(job_id, site.run(job_id, Stage.WRITE, 0.9), instances=3)
-    site.ledger.record_delivery(job_id, "pacs", uid(job_id, 0), DeliveryStatus.SENT, dimse_status=0)
+    attempt = site.run(job_id, Stage.WRITE, 0.9)
+    site.finish(job_id, attempt, instances=3)
+    site.ledger.record_delivery(job_id, "pacs", uid(job_id, 0), DeliveryStatus.SENT, attempt=attempt, dimse_status=0)
     refused = "0xA900 the data set does not match"
     site.ledger.record_delivery(
-        job_id, "pacs", uid(job_id, 1), DeliveryStatus.FAILED, dimse_status=0xA900, error=refused
+        job_id, "pacs", uid(job_id, 1), DeliveryStatus.FAILED, attempt=attempt, dimse_status=0xA900, error=refused
     )
     page.get(f"{site.url}/jobs/{job_id}")
     expect_shown(page, "1 of 3 sent")
@@ -205,12 +206,13 @@ def test_one_page_tells_everything_about_a_job(site: Site, page: Chrome) -> None
 
 def test_opened_details_and_the_keyboard_focus_survive_an_update(site: Site, page: Chrome) -> None:
     job_id = site.job()
-    site.finish(job_id, site.run(job_id, Stage.WRITE, 0.9), instances=2)
+    attempt = site.run(job_id, Stage.WRITE, 0.9)
+    site.finish(job_id, attempt, instances=2)
     page.get(f"{site.url}/jobs/{job_id}")
     page.find_element(By.CSS_SELECTOR, "#instances summary").click()
     button = page.find_element(By.ID, "do-cancel")
     page.execute_script("arguments[0].focus()", button)
-    site.ledger.record_delivery(job_id, "pacs", uid(job_id, 0), DeliveryStatus.SENT, dimse_status=0)
+    site.ledger.record_delivery(job_id, "pacs", uid(job_id, 0), DeliveryStatus.SENT, attempt=attempt, dimse_status=0)
     expect_shown(page, "1 of 2 sent")
     assert page.execute_script("return document.activeElement.id") == "do-cancel"
     assert page.execute_script("return document.getElementById('instances').open") is True

@@ -383,7 +383,9 @@ def test_a_cancelled_job_can_be_run_again_and_a_worker_is_told(api: Api) -> None
 
 def test_a_delivered_job_can_be_sent_again(api: Api) -> None:
     job_id = api.computed()
-    api.ledger.record_delivery(job_id, "pacs", uid("derived"), DeliveryStatus.SENT, dimse_status=0)
+    job = api.ledger.job(job_id)
+    assert job is not None
+    api.ledger.record_delivery(job_id, "pacs", uid("derived"), DeliveryStatus.SENT, attempt=job.attempt, dimse_status=0)
     api.ledger.move(job_id, [State.DELIVERING], State.DELIVERED, actor="worker")
     assert api.client.post(f"/api/v1/jobs/{job_id}/resend").json()["state"] == "DELIVERING"
     assert api.messages("deliver") == 1

@@ -23,7 +23,7 @@ from service.core import schema
 from service.core.commitment import Reference, Report
 from service.core.errors import Reason
 from service.core.job import TRANSITIONS, Job, JobOptions, Stage, State
-from service.core.ledger import Added, Delivery, DeliveryStatus, Instance, Ledger
+from service.core.ledger import Added, Delivery, DeliveryStatus, Instance, Ledger, Noted
 from tests.conftest import Clock
 from tests.peers import MR_IMAGE_STORAGE, wait_until
 
@@ -92,16 +92,16 @@ def asked(ledger: Ledger, *names: str) -> Job:
     sending = ledger.claim_delivery(job.id, "worker", 60)
     assert sending is not None
     for name in names:
-        ledger.record_delivery(job.id, name, "2.25.1", DeliveryStatus.SENT, dimse_status=0)
-    ledger.delivered(job.id, sending.attempt, actor="worker", committing=names)
-    asking = ledger.claim_commitment(job.id, "worker", 60, names)
+        ledger.record_delivery(job.id, name, "2.25.1", DeliveryStatus.SENT, attempt=sending.attempt, dimse_status=0)
+    ledger.delivered(job.id, sending.attempt, actor="worker", committing=dict.fromkeys(names, True))
+    asking = ledger.claim_commitment(job.id, "worker", 60, dict.fromkeys(names, True))
     assert asking is not None
     for name in names:
         ledger.ask_commitment(job.id, asking.attempt, name, f"2.25.{name}", 60)
     return asking
 
 
-def committed_by(ledger: Ledger, name: str) -> str:
+def committed_by(ledger: Ledger, name: str) -> Noted:
     return ledger.answer_commitment(
         Report(f"2.25.{name}", (Reference(MR_IMAGE_STORAGE, "2.25.1"),)), {name}, actor=name
     )
@@ -400,7 +400,7 @@ def test_who_was_sending_when_a_person_sent_again_has_lost_the_job(ledger: Ledge
     ledger.resend(job.id, "operator")
     assert not ledger.heartbeat(old, lease_seconds=60)
     assert not ledger.record_delivery(job.id, "pacs", "2.25.1", DeliveryStatus.FAILED, attempt=old.attempt)
-    assert ledger.delivered(job.id, old.attempt, actor="worker", committing=()) is None
+    assert ledger.delivered(job.id, old.attempt, actor="worker", committing={}) is None
     assert [row.status for row in ledger.deliveries(job.id)] == [DeliveryStatus.PENDING]
 
 
@@ -453,9 +453,11 @@ def test_a_result_with_destinations_goes_on_to_delivery_in_one_step(ledger: Ledg
 
 def test_what_a_destination_said_is_kept_per_instance(ledger: Ledger) -> None:
     job = a_result(ledger, *deliveries("1", "2"))
-    ledger.record_delivery(job.id, "pacs", "2.25.1", DeliveryStatus.SENT, dimse_status=0)
-    ledger.record_delivery(job.id, "pacs", "2.25.2", DeliveryStatus.FAILED, dimse_status=0xA900, error="refused")
-    ledger.record_delivery(job.id, "pacs", "2.25.2", DeliveryStatus.FAILED, dimse_status=0xA900, error="refused")
+    ledger.record_delivery(job.id, "pacs", "2.25.1", DeliveryStatus.SENT, attempt=job.attempt, dimse_status=0)
+    for _ in range(2):
+        ledger.record_delivery(
+            job.id, "pacs", "2.25.2", DeliveryStatus.FAILED, attempt=job.attempt, dimse_status=0xA900, error="refused"
+        )
     sent, failed = ledger.deliveries(job.id)
     assert (sent.status, sent.dimse_status, sent.attempts) == (DeliveryStatus.SENT, 0, 1)
     assert (failed.status, failed.dimse_status, failed.attempts) == (DeliveryStatus.FAILED, 0xA900, 2)
@@ -465,7 +467,7 @@ def test_after_a_failure_only_what_is_missing_is_sent_again(ledger: Ledger) -> N
     job = a_result(ledger, *deliveries("1", "2"))
     claimed = ledger.claim_delivery(job.id, "worker", 60)
     assert claimed is not None
-    ledger.record_delivery(job.id, "pacs", "2.25.1", DeliveryStatus.SENT, dimse_status=0)
+    ledger.record_delivery(job.id, "pacs", "2.25.1", DeliveryStatus.SENT, attempt=claimed.attempt, dimse_status=0)
     ledger.move(job.id, [State.DELIVERING], State.FAILED, actor="worker", reason=Reason.DESTINATION_UNREACHABLE)
     again = ledger.resend(job.id, "operator")
     assert again is not None
@@ -475,7 +477,7 @@ def test_after_a_failure_only_what_is_missing_is_sent_again(ledger: Ledger) -> N
 
 def test_a_delivered_job_can_be_sent_again_in_full_and_elsewhere(ledger: Ledger) -> None:
     job = a_result(ledger, *deliveries("1"))
-    ledger.record_delivery(job.id, "pacs", "2.25.1", DeliveryStatus.SENT, dimse_status=0)
+    ledger.record_delivery(job.id, "pacs", "2.25.1", DeliveryStatus.SENT, attempt=job.attempt, dimse_status=0)
     ledger.move(job.id, [State.DELIVERING], State.DELIVERED, actor="worker")
     assert (
         ledger.resend(job.id, "operator", [replace(row, destination="archive") for row in deliveries("1")]) is not None
@@ -536,13 +538,13 @@ def test_of_two_destinations_that_commit_themselves_at_the_same_moment_none_is_o
 def test_a_commitment_that_comes_while_the_job_is_sent_again_stops_neither(postgres_url: str) -> None:
     with Ledger.open(postgres_url) as ledger:
         job = asked(ledger, "one")
-        job_id, again = behind_a_lock(
+        noted, again = behind_a_lock(
             postgres_url,
             "SELECT * FROM deliveries",
             lambda: committed_by(ledger, "one"),
             lambda: ledger.resend(job.id, "operator"),
         )
-        assert job_id == job.id
+        assert noted == Noted(job.id, committed=1)
         assert again is not None
         assert states(ledger, job)[-2:] == [State.COMMITTED, State.DELIVERING]
 
@@ -577,9 +579,10 @@ def test_only_studies_in_which_nothing_happens_any_more_are_forgotten(ledger: Le
     for instance in (busy, waiting):
         ledger.add_instance(instance)
     queued, _ = ledger.create_job("1.2.4", [busy], JobOptions(), "rest")
-    assert ledger.forget(clock.now, ()) == 0
+    assert ledger.forget(clock.now, {}) == 0
     clock.advance(1)
-    assert ledger.forget(clock.now, ()) == 1
+    assert ledger.forget(clock.now, {}) == 1
+    assert not ledger.record_delivery(done.id, "pacs", "2.25.1", DeliveryStatus.SENT, attempt=done.attempt)
     assert (ledger.job(done.id), ledger.instances("1.2.3"), ledger.deliveries(done.id)) == (None, [], [])
     assert not ledger.holds(an_instance(1).sha256)
     assert ledger.job(queued.id) == queued
@@ -601,7 +604,7 @@ def test_a_study_that_wakes_up_while_it_is_being_forgotten_stays(
 
         event.listen(Pool, "checkin", between_two_statements)
         try:
-            assert ledger.forget(clock.now, ()) == 0
+            assert ledger.forget(clock.now, {}) == 0
         finally:
             event.remove(Pool, "checkin", between_two_statements)
     assert len(ledger.inputs(job.id)) == 1

@@ -66,6 +66,23 @@ def test_patients_are_told_apart_and_not_named() -> None:
     assert "SYNTH" not in one.patient
 
 
+@pytest.mark.parametrize("keyword", ["PatientID", "PatientName"])
+def test_patients_that_differ_in_letters_that_cannot_be_read_are_two(keyword: str) -> None:
+    dataset = a_slice()
+    dataset.SpecificCharacterSet, dataset.PatientID = "ISO_IR 192", ""
+    setattr(dataset, keyword, "M?LLER")
+    one, other = (from_file(encode(dataset).replace(b"M?LLER", b"M%cLLER" % letter)).patient for letter in b"\xdc\xd6")
+    assert one != other
+
+
+def test_a_patient_is_the_same_in_every_character_set() -> None:
+    dataset, found = a_slice(), set()
+    for charset in ("ISO_IR 100", "ISO_IR 192"):
+        dataset.SpecificCharacterSet, dataset.PatientID = charset, "MÜLLER"
+        found.add(from_file(encode(dataset)).patient)
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize("keyword", ["SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID"])
 @pytest.mark.parametrize("value", ["", "../../etc/passwd", "1.2." + "3" * 80])
 def test_an_object_without_proper_uids_is_unreadable(keyword: str, value: str) -> None:

@@ -62,6 +62,14 @@ def test_an_unknown_name_in_the_site_file_stops_the_start_up(site_file: Path) ->
         Settings.load({}, site_file)
 
 
+def test_a_setting_that_was_replaced_names_its_successor(site_file: Path) -> None:
+    with pytest.raises(SettingsError, match=r"ATTEMPTS; LOWGAD_COMMITMENT_LIMIT_SECONDS has taken its place"):
+        Settings.load({"LOWGAD_COMMITMENT_MAX_ATTEMPTS": "24"})
+    site_file.write_text("commitment_max_attempts = 24\n")
+    with pytest.raises(SettingsError, match=r"line 1: .*_attempts; commitment_limit_seconds has taken its place"):
+        Settings.load({}, site_file)
+
+
 def test_other_programs_variables_are_left_alone() -> None:
     assert Settings.load({"PATH": "/bin", "LOWGADX": "1"}) == Settings.load({})
 

@@ -368,19 +368,37 @@ def test_an_instance_that_is_kept_under_another_class_is_not_committed(make_site
     assert site.job(job_id).detail == "pacs: 1 instances not committed: 0x0119 class and instance do not fit"
 
 
+def test_what_a_report_changed_is_logged_and_not_what_it_said(
+    make_site: Callable[..., Site], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    with running_archive() as archive:
+        archive.kept_as = {uid("derived", "sd", 0): "1.2.840.10008.5.1.4.1.1.7"}
+        site = make_site(archive.port)
+        delivered(site)
+        report = archive.report(archive.requests[0])
+    with listening(site) as (port, _):
+        assert [call_with_report(port, report) for _ in range(2)] == [0x0000, 0x0000]
+    logged = [(record.getMessage(), getattr(record, "fields", {}).get("count")) for record in caplog.records]
+    assert [line for line in logged if line[0].startswith("storage commit")] == [
+        ("storage committed", 3),
+        ("storage commitment refused", 1),
+    ]
+
+
 def test_a_result_is_kept_until_it_is_committed_however_old_it_is(make_site: Callable[..., Site]) -> None:
     with running_archive() as archive:
         site = make_site(archive.port)
         job_id = delivered(site)
         site.clock.advance(HOUR * 24 * 365)
-        assert site.ledger.forget(site.clock.now, {"pacs"}) == 0
+        assert site.ledger.forget(site.clock.now, {"pacs": True}) == 0
         site.ledger.move(job_id, [State.DELIVERED], State.FAILED, actor="t", reason=Reason.COMMITMENT_TIMEOUT)
         site.clock.advance(1)
-        assert site.ledger.forget(site.clock.now, {"pacs"}) == 0
+        assert site.ledger.forget(site.clock.now, {"pacs": True}) == 0
         with listening(site) as (port, _):
             call_with_report(port, archive.report(archive.requests[0]))
         site.clock.advance(1)
-        assert site.ledger.forget(site.clock.now, {"pacs"}) == 1
+        assert site.ledger.forget(site.clock.now, {"pacs": True}) == 1
 
 
 def test_a_resend_asks_again_about_everything(make_site: Callable[..., Site]) -> None:
@@ -436,6 +454,21 @@ def test_once_switched_off_a_result_is_kept_no_longer_than_others(
     switched_off = site.settings.model_copy(update={"destinations": (quiet,)})
     Intake(switched_off, site.ledger, site.spool, site.queue, site.clock).sweep()
     assert site.ledger.job(job_id) is None
+
+
+def test_a_destination_that_was_renamed_is_not_switched_off(make_site: Callable[..., Site]) -> None:
+    with running_archive() as archive:
+        site = make_site(archive.port, commitment_timeout_seconds=HOUR)
+        job_id = delivered(site)
+        renamed = site.settings.destinations[0].model_copy(update={"name": "archive"})
+        site.worker.settings = site.settings.model_copy(update={"destinations": (renamed,), "default_destinations": ()})
+        assert later(site, job_id, HOUR) is State.FAILED
+    assert site.job(job_id).detail == "no destination is called pacs any more"
+    site.clock.advance(HOUR * 24 * 365)
+    assert site.ledger.forget(site.clock.now, site.worker.settings.committing) == 0
+    site.ledger.cancel(job_id, "operator")
+    site.clock.advance(1)
+    assert site.ledger.forget(site.clock.now, site.worker.settings.committing) == 1
 
 
 # --- as SCP -----------------------------------------------------------------------------------------------------------

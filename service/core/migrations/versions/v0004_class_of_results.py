@@ -1,5 +1,7 @@
 """The SOP class of every result instance, so that a report of storage commitment can be compared with what was sent.
 
+Stop the workers of the version before first: what they insert meanwhile has no class, and no report can fit it.
+
 Frozen: a change of the schema is a new file beside this one. Must never import `service.core.schema`, which moves on.
 """
 
