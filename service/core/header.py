@@ -170,14 +170,17 @@ def words(text: str) -> list[str]:
 
 
 _AGENT = "(?:造影|显影|顯影|增强|增強|増強)[剤剂劑]?"
-_INJECTION = "(?:注[射药藥]|打[药藥])"
-_BEFORE = "前(?![額额頭头])"  # not the frontal plane or lobe
+_INJECTION = "(?:注[射药藥入]|静注|打[药藥]|投[与與药藥])"
+_EXAMINATION = f"(?:{_INJECTION}|[扫掃]描|[検检檢][査查]|[撮摄攝][影像])?"
+_FRONTAL = "[額额]|[頭头](?![部颅顱])|[颅顱][窝窩]"  # after 前: plane, lobe, sinus, or the anterior fossa
+_BEFORE = f"{_EXAMINATION}前(?!{_FRONTAL})"
+_WITHOUT = rf"なし|無し|(?:を?使用)?(?:せず|しない)|\([-\u2212ー]\)|{_BEFORE}"
 _IN_ENGLISH = (
     (
-        re.compile(rf"[非無无未]{_AGENT}|{_AGENT}\s*(?:なし|無し|{_BEFORE})|{_INJECTION}\s*{_BEFORE}|単純|平[扫掃]"),
+        re.compile(rf"[非無无未不]{_AGENT}|{_AGENT}\s*(?:{_WITHOUT})|{_INJECTION}\s*{_BEFORE}|単純|平[扫掃]"),
         "unenhanced",
     ),
-    (re.compile(rf"{_AGENT}(?:\s*[後后])?|{_INJECTION}\s*[後后]"), "enhanced"),
+    (re.compile(rf"{_AGENT}(?:\s*{_EXAMINATION}[後后])?|{_INJECTION}\s*[後后]"), "enhanced"),
 )
 
 _HEAD = frozenset(

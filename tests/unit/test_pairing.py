@@ -93,6 +93,14 @@ def test_attributes_times_and_words_that_agree_decide(tmp_path: Path) -> None:
         ("T1加权 增强前", "T1加权 增强后"),
         ("3D T1 平掃", "3D T1 打藥後"),
         ("T1", "T1 增强"),
+        ("造影前頭部T1", "造影後頭部T1"),
+        ("T1 造影剤なし", "T1 造影 前頭葉"),  # the frontal lobe
+        ("T1 造影剤投与前", "T1 造影剤投与後"),
+        ("T1 造影剤静注前", "T1 造影検査"),
+        ("T1 增强扫描前", "T1 增强扫描后"),
+        ("T1 不增强", "T1 增强前颅窝"),  # the anterior cranial fossa
+        ("T1 造影せず", "T1 造影(+)"),
+        ("T1 造影\uff08\uff0d\uff09", "T1 造影\uff08\uff0b\uff09"),
         ("t1_mpr_ns_sag", "t1_mpr_ns_sag_KM"),  # short for MPRAGE; reformatted images say so in ImageType
     ],
 )
