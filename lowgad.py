@@ -267,7 +267,7 @@ def demo(out: Path) -> None:
 
 
 @main.command()
-@click.option("--preset", default="small-cpu", show_default=True, help="smoke, small-cpu or base-gpu")
+@click.option("--preset", default="small-cpu", show_default=True, help="smoke, small-cpu, small-gpu or base-gpu")
 @click.option("--steps", type=click.IntRange(1), help="Other than the preset's; may grow when a run goes on")
 @click.option("--out", type=FOLDER, required=True, help="Folder of the run; an earlier part of it is gone on with")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes that simulate")
@@ -301,9 +301,17 @@ def train(preset: str, steps: int | None, out: Path, workers: int, *, data: Path
 @click.argument("folder", type=FOLDER)
 @click.option("--id", "model_id", required=True, help="Name of the model")
 @click.option("--preset", default="small-cpu", show_default=True, help="Of the run, for the card")
-@click.option("--gate-offset", type=float, default=0.0, show_default=True, help="Operating point: larger is stricter")
+@click.option(
+    "--gate-offset",
+    type=(float, float, float),
+    default=(0.0, 0.0, 0.0),
+    show_default=True,
+    help="Operating point, larger is stricter: at a noise of 0.03, more per factor e of noise, at most",
+)
 @click.option("--fp16", is_flag=True, help="A half-precision network too, which CUDA then runs")
-def export(checkpoint: Path, folder: Path, model_id: str, preset: str, *, gate_offset: float, fp16: bool) -> None:
+def export(
+    checkpoint: Path, folder: Path, model_id: str, preset: str, *, gate_offset: tuple[float, float, float], fp16: bool
+) -> None:
     """Export a CHECKPOINT to the model FOLDER and prove it against torch (needs the extra `train`)."""
     from models.training.export import ParityError
     from models.training.export import export as run_export
@@ -312,7 +320,7 @@ def export(checkpoint: Path, folder: Path, model_id: str, preset: str, *, gate_o
         difference = run_export(
             checkpoint, folder, model_id=model_id, preset=preset, gate_offset=gate_offset, half=fp16
         )
-    except ParityError as error:
+    except (ParityError, ValueError) as error:
         raise click.ClickException(str(error)) from None
     click.echo(f"{folder}: largest difference between torch and ONNX Runtime {difference:.1e}")
 

@@ -39,7 +39,7 @@ class Card:
     preset: str
     steps: int
     seed: int
-    gate_offset: float  # taken from the network's gate at export: fewer false voxels for more missed ones
+    gate_offset: tuple[float, float, float]  # of the gate: at a noise of 0.03, per factor e of noise, at most
     halo_voxels: int  # beyond which voxels do not influence each other
     stride: int  # volumes are padded to multiples of this
     limits: tuple[str, ...]
@@ -76,20 +76,33 @@ def read_card(folder: Path) -> Card:
         ModelError: a file is missing or unreadable, the card does not say what the model was trained on, the digest of
             a network differs, or the contract is another one.
     """
+    values = _values(folder)
+    if (contract := values.get("contract")) not in {None, CONTRACT_VERSION}:  # another contract may have another card
+        raise ModelError(f"model {values.get('id')}: made for contract {contract}, this is {CONTRACT_VERSION}")
     try:
-        values: dict[str, Any] = tomllib.loads((folder / "card.toml").read_text(encoding="utf-8"))
-        card = Card(**{**values, "limits": tuple(values.get("limits", ()))}, folder=folder)
+        offset, per_log_noise, most = values["gate_offset"]
+        lists = {"limits": tuple(values.get("limits", ())), "gate_offset": (offset, per_log_noise, most)}
+        card = Card(**{**values, **lists}, folder=folder)
         found = {path.name: (_digest(path), said) for path, said in card.networks.values()}
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError) as error:
-        raise ModelError(f"model folder {folder.name!r} is incomplete: {type(error).__name__}") from error
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise _incomplete(folder, error) from error
     if not card.training_data.strip():
         raise ModelError(f"model {card.id}: the card does not say what it was trained on")
     for name, (digest, said) in found.items():
         if digest != said:
             raise ModelError(f"model {card.id}: {name} has SHA-256 {digest[:12]}, the card says {said[:12]}")
-    if card.contract != CONTRACT_VERSION:
-        raise ModelError(f"model {card.id}: made for contract {card.contract}, this is {CONTRACT_VERSION}")
     return card
+
+
+def _values(folder: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads((folder / "card.toml").read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise _incomplete(folder, error) from error
+
+
+def _incomplete(folder: Path, error: Exception) -> ModelError:
+    return ModelError(f"model folder {folder.name!r} is incomplete: {type(error).__name__}")
 
 
 def _digest(path: Path) -> str:

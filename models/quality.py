@@ -18,7 +18,7 @@ import SimpleITK as sitk
 from scipy import ndimage
 
 from models.brain import CHECKS
-from models.condition import TRAINED, Conditions
+from models.condition import TRAINED, Conditions, told_timing
 from models.preprocess import Prepared
 from models.runtime import upper_bound
 from models.volume import Array
@@ -193,6 +193,11 @@ LIMITS: dict[str, Limit] = {
     "spacing": Limit(
         Gate.CONDITIONS, "mm", *_trained("spacing_mm"), "largest spacing of the working grid", _SIMULATOR
     ),
+    "timing_told": Limit(
+        Gate.CONDITIONS, "1", *_least(1.0, 0.0),
+        "share of repetition, echo and inversion time and flip angle that is known and lies within training",
+        "a network is not told the rest, and is less exact at high enhancement; the linear engine uses none",
+    ),
     "not_finite": Limit(
         Gate.OUTPUT, "1", (0, 0), (0, 0), "voxels of the signal that are not finite or negative", "none may be"
     ),
@@ -261,6 +266,8 @@ def judge_conditions(conditions: Conditions) -> tuple[Figure, ...]:
         "dose_fraction": conditions.dose_fraction,
         "spacing": max(conditions.spacing_mm),
     }
+    told = told_timing(conditions).values()
+    values["timing_told"] = sum(value is not None for value in told) / len(told) if told else 0.0
     return _judged({name: value for name, value in values.items() if value is not None})
 
 

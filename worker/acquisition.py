@@ -30,7 +30,7 @@ from worker.contrast import (
     tag,
 )
 from worker.pairing import Pair
-from worker.sequence import sequence_class
+from worker.sequence import TIMING, sequence_class
 
 _FIELD_STRENGTH_RANGE_T = (0.2, 7.5)
 _NOMINAL_T = (1.5, 3.0, 7.0)  # what a magnet is called; it is really 1.494 or 2.894 T, and some write that
@@ -65,6 +65,10 @@ class Acquisition:
             sigma=prepared.comparison.sigma,
             noise_left=prepared.comparison.noise_left,
             spacing_mm=prepared.pre.spacing_mm,
+            repetition_time_s=self.repetition_time_s.value,
+            echo_time_s=self.echo_time_s.value,
+            inversion_time_s=self.inversion_time_s.value,
+            flip_angle_deg=self.flip_angle_deg.value,
         )
 
 
@@ -173,11 +177,11 @@ def _near(value: float, reference: float, tolerance: float) -> bool:
 # ------------------------------------------------------------------------------------------------ sequence
 
 
-_TIMING = {  # field: the element, what is plausible of any T1 sequence (ms; degrees), and how much of it is one unit
-    "repetition_time_s": ("RepetitionTime", (1.0, 20_000.0), 1000),
-    "echo_time_s": ("EchoTime", (0.02, 200.0), 1000),
-    "inversion_time_s": ("InversionTime", (20.0, 6000.0), 1000),
-    "flip_angle_deg": ("FlipAngle", (1.0, 180.0), 1),
+_TIMING = {  # field: the element, and how much of it is one unit
+    "repetition_time_s": ("RepetitionTime", 1000),
+    "echo_time_s": ("EchoTime", 1000),
+    "inversion_time_s": ("InversionTime", 1000),
+    "flip_angle_deg": ("FlipAngle", 1),
 }
 _TIMING_TOLERANCE = 0.05  # scanners fit the shortest times to each series
 
@@ -185,8 +189,8 @@ _TIMING_TOLERANCE = 0.05  # scanners fit the shortest times to each series
 def _timing(pair: Pair) -> dict[str, Known[float]]:
     """Times and flip angle that both series state alike; an echo that does not precede the next pulse is a slip."""
     found = {}
-    for field, (keyword, plausible, per_unit) in _TIMING.items():
-        known = _agreed(pair, keyword, plausible, tolerance=_TIMING_TOLERANCE)
+    for field, (keyword, per_unit) in _TIMING.items():
+        known = _agreed(pair, keyword, TIMING[keyword], tolerance=_TIMING_TOLERANCE)
         found[field] = known if known.value is None else Known(round(known.value / per_unit, 9), known.source)
     echo_s, repetition_s = found["echo_time_s"].value, found["repetition_time_s"].value
     if echo_s and repetition_s and echo_s >= repetition_s:

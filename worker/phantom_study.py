@@ -121,10 +121,16 @@ def _describe_acquisition(out: Dataset, scenario: Scenario) -> None:
     out.ScanOptions = ""
     out.MRAcquisitionType = "2D" if sequence.kind == "SE" else "3D"
     out.MagneticFieldStrength = f"{scenario.field_strength_t:.4g}"
-    out.RepetitionTime, out.EchoTime = f"{sequence.tr_s * 1000:.5g}", f"{sequence.te_s * 1000:.4g}"
-    out.FlipAngle, out.EchoTrainLength = f"{sequence.flip_deg:.3g}", 1
-    if sequence.kind == "MPRAGE":
-        out.InversionTime = f"{sequence.ti_s * 1000:.5g}"
+    stated = sequence.stated
+    out.EchoTrainLength = 1
+    for keyword, value, unit in (
+        ("RepetitionTime", stated["repetition_time_s"], 1000),
+        ("EchoTime", stated["echo_time_s"], 1000),
+        ("InversionTime", stated["inversion_time_s"], 1000),
+        ("FlipAngle", stated["flip_angle_deg"], 1),
+    ):
+        if value is not None:
+            setattr(out, keyword, f"{value * unit:.5g}")
 
 
 def _describe_contrast(out: Dataset, agent: Agent, dose_mmol_per_kg: float) -> None:

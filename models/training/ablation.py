@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from models.agents import AGENTS
-from models.condition import NAMES, Conditions, vector
+from models.condition import NAMES, SEQUENCE, TIMING, Conditions, vector
 from models.training.samples import Sample
 from models.volume import Array
 
@@ -22,7 +22,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "agent": ("log_effective_dose", "relaxivity", "agent_known"),
     "noise": ("log_sigma", "log_noise_left_1", "log_noise_left_2", "log_noise_left_3"),
     "spacing": ("log_spacing_i", "log_spacing_j", "log_spacing_k"),
-    "sequence": ("sequence_spgr", "sequence_mprage", "sequence_se"),
+    "sequence": SEQUENCE,
+    "timing": TIMING,
+    "sequence and timing": (*SEQUENCE, *TIMING),
 }
 
 
@@ -86,6 +88,7 @@ def embedding(model: Path, vectors: Array) -> Array:
     import onnx  # noqa: PLC0415  evaluation alone needs it
 
     weights = {one.name: onnx.numpy_helper.to_array(one) for one in onnx.load(model).graph.initializer}
+    vectors = vectors[:, : weights["embed.0.weight"].shape[1]]  # a network may take only the first of them
     for layer in ("embed.0", "embed.2"):
         linear = vectors @ weights[f"{layer}.weight"].T + weights[f"{layer}.bias"]
         vectors = linear / (1 + np.exp(-linear))

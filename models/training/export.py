@@ -20,11 +20,11 @@ import torch
 
 from models.card import RESEARCH_USE
 from models.condition import CONTRACT_VERSION, NAMES
-from models.training.network import GATE, STRIDE, VARIANTS, Network
+from models.training.network import NO_OFFSET, STRIDE, VARIANTS, GateOffset, Network
 from models.volume import Array
 
 OPSET = 18
-HALO = {"small": 36, "base": 56}
+HALO = {"small": 52, "base": 56}
 TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3}  # largest difference from torch in fp32; white matter = 1
 SIMULATED = "simulated: ICBM 152 tissue maps, random anatomy, lesions and acquisition (models/training)"
 UNPROVEN = (
@@ -60,7 +60,13 @@ class _Written:
 
 
 def export(
-    checkpoint: Path, folder: Path, *, model_id: str, preset: str, gate_offset: float = 0.0, half: bool = False
+    checkpoint: Path,
+    folder: Path,
+    *,
+    model_id: str,
+    preset: str,
+    gate_offset: GateOffset = NO_OFFSET,
+    half: bool = False,
 ) -> float:
     """Write a model folder.
 
@@ -69,8 +75,9 @@ def export(
         folder: created; existing files are replaced.
         model_id: name of the model.
         preset: name of the training preset, for the card.
-        gate_offset: the operating point: taken from the logit of the gate, so that fewer voxels falsely enhance and
-            more are missed. To be chosen on the validation set.
+        gate_offset: the operating point: what is taken from the logit of the gate at a noise of 0.03, more of it for
+            each factor e of noise, and at most, so that fewer voxels falsely enhance and more are missed. To be chosen
+            on the validation set.
         half: write model-fp16.onnx, too.
 
     Returns:
@@ -78,12 +85,12 @@ def export(
 
     Raises:
         ParityError: a difference exceeds its tolerance.
+        ValueError: an offset is negative, or the one at a noise of 0.03 exceeds the most.
     """
+    if min(gate_offset) < 0 or gate_offset[0] > gate_offset[2]:
+        raise ValueError(f"a gate offset of {gate_offset} is never reached: none may be negative, the last is the most")
     network, config = load_network(checkpoint)
-    with torch.no_grad():
-        for name, parameter in network.head.named_parameters():
-            if name == "bias":
-                parameter[GATE] -= gate_offset
+    network.gate_offset = gate_offset
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "card.toml").unlink(missing_ok=True)  # no card, no model: a failure leaves nothing that loads
     model = _traced(network, folder / "model.onnx")
@@ -213,7 +220,7 @@ def _card(model_id: str, preset: str, config: dict[str, object], written: dict[s
         "sha256": written["fp32"].sha256,
         "parity": _two_digits(written["fp32"].parity),
         "variant": config["variant"],
-        "training_data": data.replace("simulated", SIMULATED),
+        "training_data": data.replace("simulated", SIMULATED, 1),
         "intended_use": RESEARCH_USE.replace("simulated", "a site's own") if own else RESEARCH_USE,
         "preset": preset,
         "steps": config["steps"],

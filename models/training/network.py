@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.condition import DOSE_INDEX, DOSE_KNOWN_INDEX, HEADROOM, NAMES, UNKNOWN_DOSE_FRACTION
+from models.condition import DOSE_INDEX, DOSE_KNOWN_INDEX, HEADROOM, LOG_SIGMA, NAMES, UNKNOWN_DOSE_FRACTION
 
 CLEAR = 3.0  # signal-to-noise ratio, after smoothing, at which an untrained network opens its gate by half
 NOISE_LEFT = slice(NAMES.index("log_noise_left_1"), NAMES.index("log_noise_left_3") + 1)
-GATE = 7  # channel of the head that opens or closes the output
+GateOffset = tuple[float, float, float]  # at a noise of 0.03 of white matter, more for each factor e of noise, at most
+NO_OFFSET: GateOffset = (0.0, 0.0, 0.0)
 STRIDE = 4  # volumes are padded to a multiple of this
 
 
@@ -27,9 +28,9 @@ STRIDE = 4  # volumes are padded to a multiple of this
 class Architecture:
     """Width per level (full, half, quarter resolution) and residual blocks per level."""
 
-    widths: tuple[int, int, int] = (16, 32, 64)  # multiples of 16: others are slower than the next larger one
-    blocks: tuple[int, int, int] = (1, 1, 2)
-    embedding: int = 48
+    widths: tuple[int, int, int] = (16, 48, 96)  # multiples of 16: others are slower than the next larger one
+    blocks: tuple[int, int, int] = (1, 2, 3)
+    embedding: int = 64
 
 
 VARIANTS = {"small": Architecture(), "base": Architecture((32, 64, 128), (2, 2, 3), 96)}
@@ -58,6 +59,7 @@ class Network(nn.Module):
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
+        self.gate_offset = NO_OFFSET  # the operating point: how much stricter the gate is than it was trained
         a, b, c = architecture.widths
         e = architecture.embedding
         self.embed = nn.Sequential(nn.Linear(len(NAMES), e), nn.SiLU(), nn.Linear(e, e), nn.SiLU())
@@ -110,8 +112,15 @@ class Network(nn.Module):
         linear = (torch.softmax(out[:, 0:4] + self.mix, 1) * amplified).sum(1, keepdim=True)
         share, gain, own, gate = out[:, 4:5], out[:, 5:6], out[:, 6:7], out[:, 7:8]
         level = torch.sigmoid(share + 3) * linear * torch.exp(0.5 * torch.tanh(gain)) + own
-        prior = 2 * (clarity[:, 1:3].amax(1, keepdim=True) - CLEAR)
-        return torch.sigmoid(gate + torch.clamp(prior, -6, 6)) * functional.relu(level), bound
+        prior = 2 * (clarity[:, 1:].amax(1, keepdim=True) - CLEAR)
+        opened = torch.sigmoid(gate + torch.clamp(prior, -6, 6) - self._strictness(condition))
+        return opened * functional.relu(level), bound
+
+    def _strictness(self, condition: Tensor) -> Tensor:
+        """(n, 1, 1, 1, 1): what is taken from the logit of the gate; noise is what opens it falsely."""
+        offset, per_log_noise, most = self.gate_offset
+        log_noise = condition[:, LOG_SIGMA, None, None, None, None]
+        return torch.clamp(offset + per_log_noise * log_noise, 0.0, most)
 
     def _body(self, seen: Tensor, embedding: Tensor) -> Tensor:
         full = self._run(self.enter[0], self.stem(seen), embedding)

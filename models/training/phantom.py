@@ -28,9 +28,9 @@ from models.training.physics import (
 from models.volume import Array, Mask
 
 TWIST_DEG, SCALE, WARP_MM = 15.0, 0.15, 2.5
-B1_RANGE, B1_NODES = (0.7, 1.3), 25  # transmit field, 1 = nominal (which is a node)
+B1_RANGE, B1_NODES = (0.7, 1.3), 31  # transmit field, 1 = nominal (which is a node)
 PSF_VOXELS = (0.3, 0.6)  # standard deviation of the point spread
-CURVE_NODES = 128  # of concentration
+CURVE_NODES = 160  # of concentration
 SMALL_MM = 6.0  # at least half of all lesions are below this
 
 
@@ -98,9 +98,10 @@ def draw_scenario(rng: np.random.Generator) -> Scenario:
         through = float(rng.uniform(2.0, 6.0))
     sigma = float(np.exp(rng.uniform(np.log(0.008), np.log(0.08))))
     lesions = 0 if rng.uniform() < 0.2 else int(rng.integers(1, 13))
-    return Scenario(
-        field, agent, dose, draw_sequence(rng), (in_plane, in_plane, through), sigma, bool(rng.uniform() < 0.5), lesions
-    )
+    sequence, stripped = draw_sequence(rng), bool(rng.uniform() < 0.5)
+    by_readout = bool(rng.uniform() < 0.6)  # how vendors state the timing of an inversion-prepared train differs
+    sequence = replace(sequence, states_readouts=by_readout, states_delay=by_readout and bool(rng.uniform() < 0.7))
+    return Scenario(field, agent, dose, sequence, (in_plane, in_plane, through), sigma, stripped, lesions)
 
 
 def with_choices(scenario: Scenario, **chosen: Any) -> Scenario:

@@ -33,6 +33,25 @@ class Sequence:
     echo_spacing_s: float = 0.008
     readouts: int = 160
     inversion_efficiency: float = 1.0
+    states_readouts: bool = False  # the header's RepetitionTime is the time between readouts, not between inversions
+    states_delay: bool = False  # its InversionTime is the delay to the first readout, not to the centre of k-space
+
+    @property
+    def stated(self) -> dict[str, float | None]:
+        """RepetitionTime, EchoTime, InversionTime, FlipAngle as a header gives them, in the names of `Conditions`."""
+        prepared = self.kind == "MPRAGE"
+        inversion = self.preparation_s if self.states_delay else self.ti_s
+        return {
+            "repetition_time_s": self.echo_spacing_s if prepared and self.states_readouts else self.tr_s,
+            "echo_time_s": self.te_s,
+            "inversion_time_s": inversion if prepared and inversion > 0 else None,
+            "flip_angle_deg": self.flip_deg,
+        }
+
+    @property
+    def preparation_s(self) -> float:
+        """From the inversion to the first readout."""
+        return max(self.ti_s - self.readouts // 2 * self.echo_spacing_s, 0.0)
 
 
 @dataclass(frozen=True)
@@ -135,7 +154,7 @@ def _mprage(xp: Any, sequence: Sequence, r1: Any, angle: Any) -> Any:
     sine, cosine = _trig(xp, angle)
     tau, n = sequence.echo_spacing_s, sequence.readouts
     centre = n // 2
-    before = max(sequence.ti_s - centre * tau, 0.0)
+    before = sequence.preparation_s
     after = max(sequence.tr_s - before - n * tau, 0.0)
     e0, et, er = xp.exp(-before * r1), xp.exp(-tau * r1), xp.exp(-after * r1)
     q = et * cosine

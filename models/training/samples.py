@@ -25,15 +25,7 @@ from models.volume import Array, Mask
 
 Half = npt.NDArray[np.float16]
 QUIET, QUIET_MM = 0.01, 2.5  # of white matter; distance to anything above it
-DROP = 0.15  # chance that a header value is unknown in training
-_SPACING = NAMES.index("log_spacing_i")
-_EFFECTIVE = ("log_effective_dose", "relaxivity", "agent_known")
-_DROPPED = (  # what becomes unknown together: the effective dose needs field strength, agent and dose
-    ("field", "field_known", *_EFFECTIVE),
-    ("log_dose_fraction", "dose_known", *_EFFECTIVE),
-    _EFFECTIVE,
-    ("sequence_spgr", "sequence_mprage", "sequence_se"),
-)
+SPACING = NAMES.index("log_spacing_i")
 
 
 @dataclass(frozen=True)
@@ -49,7 +41,7 @@ class Block:
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
         """Along i, j, k."""
-        i, j, k = np.exp(self.condition[_SPACING : _SPACING + 3].astype(float))
+        i, j, k = np.exp(self.condition[SPACING : SPACING + 3].astype(float))
         return float(i), float(j), float(k)
 
 
@@ -85,6 +77,7 @@ def sample_of(phantom: Phantom) -> Sample:
         sigma=seen.sigma,
         noise_left=seen.noise_left,
         spacing_mm=scenario.spacing_mm,
+        **scenario.sequence.stated,
     )
     truth = np.maximum(phantom.enhancement / scale, 0)
     return Sample(
@@ -118,35 +111,3 @@ def stream(first_seed: int, workers: int) -> Iterator[Sample]:
                 yield sample
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def draw_patch(sample: Block, size: int, rng: np.random.Generator) -> tuple[Array, Array, Array]:
-    """A randomly placed, turned and flipped patch.
-
-    Returns:
-        images (3, size, size, size), truth, brain and quiet brain (3, size, size, size), condition with random gaps.
-    """
-    centre = _centre(sample, rng)
-    start = [int(np.clip(c - size // 2, 0, n - size)) for c, n in zip(centre, sample.brain.shape, strict=True)]
-    box = tuple(slice(s, s + size) for s in start)
-    stack = np.concatenate(
-        [sample.images[:, *box], sample.truth[None, *box], sample.brain[None, *box], sample.quiet[None, *box]]
-    )
-    order = rng.permutation(3)
-    stack = stack.astype(np.float32).transpose(0, *(order + 1))
-    stack = np.flip(stack, tuple(axis + 1 for axis in range(3) if rng.uniform() < 0.5))
-    condition = sample.condition.copy()
-    spacing_kji = condition[_SPACING : _SPACING + 3][::-1]
-    condition[_SPACING : _SPACING + 3] = spacing_kji[order][::-1]
-    for group in _DROPPED:
-        if rng.uniform() < DROP:
-            condition[[NAMES.index(name) for name in group]] = 0
-    return stack[:3], stack[3:], condition
-
-
-def _centre(sample: Block, rng: np.random.Generator) -> npt.NDArray[np.intp]:
-    """Half of the patches at enhancement, half anywhere in the brain."""
-    where = np.flatnonzero(sample.truth > 0.05) if rng.uniform() < 0.5 else np.flatnonzero(sample.brain)
-    if where.size == 0:
-        where = np.flatnonzero(sample.brain)
-    return np.array(np.unravel_index(where[rng.integers(where.size)], sample.brain.shape)) + rng.integers(-8, 9, 3)

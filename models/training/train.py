@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from models.training.network import STRIDE, VARIANTS, Network
-from models.training.samples import Block, draw_patch, make_sample, stream
+from models.training.patches import Held, draw_batch
+from models.training.samples import Block, make_sample, stream
 from models.training.site import SiteData, cut, padded
 
 FALSE_FIRST, FALSE_WEIGHT, FALSE_FULL_AT = 10.0, 40.0, 3000  # weight of false enhancement: at first, in full, from when
@@ -52,6 +53,7 @@ class Config:
 PRESETS = {
     "smoke": Config(steps=6, batch=1, patch=24, keep=2, refresh=3, validation=1, mixed=False),
     "small-cpu": Config(),
+    "small-gpu": Config(steps=15100, batch=16, patch=48, keep=1000, refresh=14, validation=16),
     "base-gpu": Config(variant="base", steps=40000, batch=16, patch=64, keep=800, refresh=1, validation=24),
 }
 
@@ -61,7 +63,12 @@ class _Run:
     network: Network
     average: Network
     optimizer: torch.optim.Optimizer
+    device: torch.device
     step: int = 0
+
+    def hold(self, block: Block) -> Held:
+        """The block where this run trains."""
+        return Held(block, self.device)
 
 
 def train(
@@ -98,19 +105,23 @@ def train(
     run = _start(config, out, start)
     (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
     if source:
-        fresh, held = None, [padded(one, config.patch) for one in source.training]
+        fresh, held = None, [run.hold(padded(one, config.patch)) for one in source.training]
         validation = list(cut(source.validation, VALIDATION_SIDE, STRIDE))
     else:
         fresh = stream(TRAIN_SEED * config.seed + 10 * run.step, workers)
-        held = [next(fresh) for _ in range(min(16, config.keep))]
+        held = [run.hold(next(fresh)) for _ in range(min(16, config.keep))]
         validation = [s for s in (make_sample(VALIDATION_SEED + n) for n in range(config.validation)) if s]
     began, losses = time.monotonic(), []
     while run.step < config.steps:
         if fresh and run.step % config.refresh == 0:
-            held = [*held[-(config.keep - 1) :], next(fresh)]
+            held = [*held[-(config.keep - 1) :], run.hold(next(fresh))]
         losses.append(_step(run, config, held))
         if run.step % every == 0 or run.step == config.steps:
-            row = {"step": run.step, "loss": float(np.mean(losses)), "minutes": (time.monotonic() - began) / 60}
+            row = {
+                "step": run.step,
+                "loss": float(torch.stack(losses).mean()),
+                "minutes": (time.monotonic() - began) / 60,
+            }
             row |= validate(run.average, validation)
             _save(run, config, out, row)
             report(" ".join(f"{name} {value:.4g}" for name, value in row.items()))
@@ -124,21 +135,23 @@ def _stated(config: Config, source: SiteData | None, start: Path | None) -> Conf
     """The configuration with what the network learned from, first to last."""
     data, digest = source.summary if source else "simulated", ""
     if start:
-        earlier = torch.load(start, map_location="cpu", weights_only=True)["config"]
+        saved = torch.load(start, map_location="cpu", weights_only=True)
+        earlier = saved["config"]
         if earlier["variant"] != config.variant:
             raise ValueError(f"{start} holds the variant {earlier['variant']}, this run is of {config.variant}")
-        data = f"{data}, started from weights of: {earlier.get('data', 'simulated')}"
+        data = f"{data}, started from {saved['step']} steps on: {earlier.get('data', 'simulated')}"
         digest = hashlib.sha256(start.read_bytes()).hexdigest()
     return replace(config, data=data, start=digest)
 
 
 def _start(config: Config, out: Path, start: Path | None) -> _Run:
     torch.manual_seed(config.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.benchmark = True  # all patches of a run are of one size
     network, average = (Network(VARIANTS[config.variant]).to(device) for _ in range(2))
     network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     average.load_state_dict(network.state_dict())
-    run = _Run(network, average, torch.optim.AdamW(network.parameters(), lr=config.rate, weight_decay=1e-4))
+    run = _Run(network, average, torch.optim.AdamW(network.parameters(), lr=config.rate, weight_decay=1e-4), device)
     path = out / "checkpoint.pt"
     if path.exists():
         saved = torch.load(path, map_location=device, weights_only=True)
@@ -173,16 +186,14 @@ def _save(run: _Run, config: Config, out: Path, row: dict[str, float]) -> None:
         writer.writerow(row)
 
 
-def _step(run: _Run, config: Config, held: list[Block]) -> float:
+def _step(run: _Run, config: Config, held: list[Held]) -> Tensor:
     """One optimiser step; what it draws depends only on the seed and the step."""
     rng = np.random.default_rng([config.seed, run.step])
-    device = next(run.network.parameters()).device
-    patches = [draw_patch(held[int(rng.integers(len(held)))], config.patch, rng) for _ in range(config.batch)]
-    images, targets, condition = (torch.from_numpy(np.stack(part)).to(device) for part in zip(*patches, strict=True))
-    images = images.contiguous(memory_format=torch.channels_last_3d)
+    layers, condition = draw_batch(held, config.batch, config.patch, rng)
+    images, targets = layers[:, :3].contiguous(memory_format=torch.channels_last_3d), layers[:, 3:]
     for group in run.optimizer.param_groups:
         group["lr"] = config.rate * _schedule(run.step, config.steps)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.mixed):
+    with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=config.mixed):
         raw, bound = run.network.unbounded(images, condition)
     false_weight = FALSE_FIRST + (FALSE_WEIGHT - FALSE_FIRST) * min(1.0, run.step / FALSE_FULL_AT)
     value = loss(raw.float(), bound.float(), *targets.split(1, dim=1), false_weight=false_weight)
@@ -193,9 +204,8 @@ def _step(run: _Run, config: Config, held: list[Block]) -> float:
     run.step += 1
     decay = min(config.ema, run.step / (run.step + 20))
     with torch.no_grad():
-        for slow, fast in zip(run.average.parameters(), run.network.parameters(), strict=True):
-            slow.lerp_(fast, 1 - decay)
-    return float(value.detach())
+        torch._foreach_lerp_(list(run.average.parameters()), list(run.network.parameters()), 1 - decay)
+    return value.detach()
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -208,6 +208,26 @@ def test_a_condition_that_is_unknown_has_no_figure() -> None:
     assert "field_strength" not in verdicts(judge_conditions(replace(CONDITIONS, field_strength_t=None)))
 
 
+@pytest.mark.parametrize(
+    ("sequence", "stated", "share"),
+    [
+        ("SPGR", {"repetition_time_s": 0.008, "echo_time_s": 0.003, "flip_angle_deg": 15.0}, 1.0),
+        ("SE", {"repetition_time_s": 0.6, "echo_time_s": 0.012, "flip_angle_deg": 90.0}, 1.0),
+        ("MPRAGE", {"repetition_time_s": 2.3, "echo_time_s": 0.003, "flip_angle_deg": 20.0}, 0.5),
+        ("MPRAGE", {}, 0.0),
+        (None, {"repetition_time_s": 2.3}, 0.0),
+    ],
+)
+def test_timing_that_is_unknown_or_not_trained_warns_and_stops_nothing(
+    sequence: str | None, stated: dict[str, float], share: float
+) -> None:
+    (figure,) = (
+        one for one in judge_conditions(replace(CONDITIONS, sequence=sequence, **stated)) if one.name == "timing_told"
+    )
+    assert figure.value == share
+    assert figure.verdict is (Verdict.PASS if share == 1 else Verdict.WARN)
+
+
 def test_a_signal_of_the_linear_engine_passes() -> None:
     prepared = prepared_head(stripped=True)
     signal = LinearEngine().predict(prepared, CONDITIONS)

@@ -169,6 +169,16 @@ def test_half_of_all_studies_ring_at_edges_and_none_changes_its_mean() -> None:
     assert max(peaks) < 1.09  # Gibbs' own overshoot, without the soft window
 
 
+def test_vendors_state_the_timing_of_an_inversion_prepared_train_in_two_ways() -> None:
+    train = Sequence("MPRAGE", 2.3, 0.003, 9.0, 0.9, 0.007, 160)
+    assert train.stated["repetition_time_s"] == 2.3
+    assert train.stated["inversion_time_s"] == 0.9
+    other = replace(train, states_readouts=True, states_delay=True)
+    assert other.stated["repetition_time_s"] == 0.007
+    assert other.stated["inversion_time_s"] == pytest.approx(0.9 - 80 * 0.007)
+    assert Sequence("SPGR", 0.008, 0.003, 15.0).stated["inversion_time_s"] is None
+
+
 def test_a_defaced_head_keeps_its_brain() -> None:
     brain = np.zeros((40, 40, 40), bool)
     brain[12:28, 12:28, 12:28] = True

@@ -18,8 +18,9 @@ import lowgad
 from models.agents import BY_NAME
 from models.condition import NAMES
 from models.training.network import VARIANTS, Network
+from models.training.patches import Held
 from models.training.phantom import Scenario, make_phantom
-from models.training.samples import Block, draw_patch, sample_of
+from models.training.samples import Block, sample_of
 from models.training.site import cut, enhancement_chance, hold_out, padded, target
 from models.training.train import PRESETS, train
 from models.volume import Array, Mask
@@ -93,8 +94,8 @@ def test_after_a_scan_the_target_is_as_true_as_the_subtraction_and_quiet_where_t
 
 def test_a_block_smaller_than_a_patch_is_padded_and_one_larger_is_cut_to_cover_the_brain() -> None:
     block = sample_of(make_phantom(4, shape=(20, 42, 50), scenario=scenario(1.0)))
-    images, targets, _ = draw_patch(padded(block, 48), 48, np.random.default_rng(0))
-    assert images.shape == targets.shape == (3, 48, 48, 48)
+    layers, _ = Held(padded(block, 48), torch.device("cpu")).patch(48, np.random.default_rng(0))
+    assert layers.shape == (6, 48, 48, 48)
     pieces = list(cut(block, 32, 4))
     assert {piece.brain.shape for piece in pieces} == {(20, 32, 32)}
     assert sum(piece.brain.sum() for piece in pieces) >= 0.97 * block.brain.sum()
@@ -128,13 +129,13 @@ def lowgad_train(*arguments: object) -> Result:
 
 def test_triplets_fine_tune_a_checkpoint_and_the_run_says_on_what(site: Path, tmp_path: Path) -> None:
     start, smoke = tmp_path / "start.pt", PRESETS["smoke"]
-    torch.save({"config": asdict(smoke), "average": Network(VARIANTS[smoke.variant]).state_dict()}, start)
+    torch.save({"config": asdict(smoke), "step": 6, "average": Network(VARIANTS[smoke.variant]).state_dict()}, start)
     result = lowgad_train("--steps", 2, "--data", site, "--start", start, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
     assert "study-1: used" in result.output
     assert "incomplete: refused, ONE_SERIES_ONLY: no subfolder standard" in result.output
     assert "swapped: refused, STANDARD_DOSE" in result.output
-    data = "site: 1 study, started from weights of: simulated"
+    data = "site: 1 study, started from 6 steps on: simulated"
     assert json.loads((tmp_path / "run" / "config.json").read_text())["data"] == data
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["config"]["data"] == data
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from dataclasses import replace
+from importlib.resources import as_file, files
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,14 @@ import pytest
 import torch
 
 from models.card import ModelError, read_card
-from models.condition import NAMES
+from models.condition import LOG_SIGMA, NAMES, SEQUENCE
 from models.runtime import NetworkEngine, upper_bound
 from models.training.curves import draw_curves
 from models.training.evaluate import TEST_SEED, held_out, interval, score
 from models.training.export import TOLERANCE, ParityError, export, load_network
 from models.training.network import VARIANTS, Network
-from models.training.samples import QUIET, draw_patch, make_sample, quiet_brain
+from models.training.patches import Held
+from models.training.samples import Block, make_sample, quiet_brain
 from models.training.train import FALSE_WEIGHT, LAST_SEED, PRESETS, TRAIN_SEED, VALIDATION_SEED, loss, train
 from models.volume import Array
 
@@ -38,6 +40,15 @@ def test_a_run_goes_on_from_its_checkpoint_and_keeps_its_log(run: Path) -> None:
         steps = [int(row["step"]) for row in csv.DictReader(file)]
     assert steps == [2, 3]
     assert load_network(run / "checkpoint.pt")[1]["steps"] == 3
+
+
+def test_the_weights_to_start_from_fit_the_network_and_tell_where_they_come_from(tmp_path: Path) -> None:
+    start = files("models.training") / "start" / "small-gpu.pt"
+    with as_file(start) as path:
+        train(replace(TINY, steps=1), tmp_path, report=lambda _: None, start=path)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved["config"]["data"] == "simulated, started from 15100 steps on: simulated"
+    assert all(weights.dtype is torch.float32 for weights in saved["average"].values())
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(run: Path) -> None:
@@ -132,13 +143,38 @@ def test_a_network_that_differs_from_torch_gets_no_card(tmp_path: Path, spread: 
         read_card(tmp_path)
 
 
+def test_the_operating_point_is_in_the_graph_and_stricter_where_noise_is_stronger(tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(tmp_path / "checkpoint.pt")
+    images = np.random.default_rng(0).normal(0.1, 0.1, (3, 16, 16, 16)).astype(np.float32)
+    signals = {}
+    for name, offset in {"none": (0.0, 0.0, 0.0), "some": (1.0, 2.0, 4.0)}.items():
+        export(checkpoint, tmp_path / name, model_id=name, preset="none", gate_offset=offset)
+        assert read_card(tmp_path / name).gate_offset == offset
+        engine = NetworkEngine(tmp_path / name)
+        for noise in (0.02, 0.03, 0.1, 0.5):
+            condition = np.zeros(len(NAMES), np.float32)
+            condition[LOG_SIGMA] = np.log(noise / 0.03)
+            signals[name, noise] = float(engine.run(images, condition).sum())
+    kept = [signals["some", noise] / signals["none", noise] for noise in (0.02, 0.03, 0.1, 0.5)]
+    assert 1 > kept[0] > kept[1] > kept[2] > 0
+    assert kept[3] == pytest.approx(kept[2], rel=0.3)  # 3.4 and, at most, 4 of the logit
+
+
+@pytest.mark.parametrize("offset", [(1.0, 0.0, 0.0), (-1.0, 0.0, 2.0)])
+def test_an_operating_point_that_is_never_reached_is_refused(
+    tmp_path: Path, offset: tuple[float, float, float]
+) -> None:
+    with pytest.raises(ValueError, match="never reached"):
+        export(random_checkpoint(tmp_path / "c.pt"), tmp_path, model_id="test", preset="none", gate_offset=offset)
+
+
 @pytest.mark.parametrize(
     ("data", "starts", "holds"),
     [
         (None, "simulated: ICBM 152", "simulated studies"),
         ("simulated", "simulated: ICBM 152", "simulated studies"),
         ("site: 12 studies", "site: 12 studies", "one site's own studies"),
-        ("site: 12 studies, started from weights of: simulated", "site: 12 studies, started", "one site's own studies"),
+        ("site: 12 studies, started from 7 steps on: simulated", "site: 12 studies, started", "one site's own studies"),
     ],
 )
 def test_the_card_says_what_the_checkpoint_was_trained_on(
@@ -206,18 +242,41 @@ def test_what_the_bound_takes_away_still_costs() -> None:
     assert loss(truth * 2, truth, truth, ones, none).item() > 0.01  # clamped it is the truth
 
 
-def test_a_patch_keeps_image_truth_and_spacing_together_when_it_is_turned() -> None:
-    sample = make_sample(3, shape=(48, 40, 44))
+def test_a_patch_is_a_turned_and_flipped_piece_of_its_block_with_the_spacing_of_its_axes() -> None:
+    sides, spacing_kji = (48, 40, 44), (3.0, 1.0, 0.5)
+    places = np.stack(np.meshgrid(*(np.arange(n) / 64 for n in sides), indexing="ij")).astype(np.float16)  # exact
+    half = places[0] > 0.3
+    condition = np.zeros(len(NAMES), np.float32)
+    at = [NAMES.index(f"log_spacing_{axis}") for axis in "kji"]
+    condition[at] = np.log(spacing_kji)
+    held = Held(Block(places, places[0], half, ~half, condition), torch.device("cpu"))
+    turns = set()
+    for seed in range(20):
+        layers, seen = held.patch(24, np.random.default_rng(seed))
+        patch = layers.float().numpy()
+        assert patch.shape == (6, 24, 24, 24)
+        steps = [[np.diff(patch[of], axis=axis).mean() * 64 for axis in range(3)] for of in range(3)]
+        assert np.allclose(np.abs(steps).sum(axis=0), 1)  # each axis of the patch is one of the block
+        came_from = np.abs(steps).argmax(axis=0)
+        assert np.allclose(np.exp(seen[at]), np.array(spacing_kji)[came_from])
+        assert np.array_equal(patch[3], patch[0])
+        assert np.array_equal(patch[4], patch[0] > 0.3)
+        assert np.array_equal(patch[5], patch[0] <= 0.3)
+        turns.add((*came_from, *np.sign(np.sum(steps, axis=0))))
+    assert len(turns) > 10
+
+
+def test_gaps_of_a_header_take_what_follows_from_it_with_them() -> None:
+    sample = make_sample(3, shape=(40, 40, 40))
     assert sample is not None
-    names = [NAMES.index(f"log_spacing_{axis}") for axis in "ijk"]
-    for seed in range(10):
-        images, targets, condition = draw_patch(sample, 24, np.random.default_rng(seed))
-        assert images.shape == targets.shape == (3, 24, 24, 24)
-        assert sorted(condition[names]) == sorted(sample.condition[names])
-        truth, brain, quiet = targets
-        assert set(np.unique(targets[1:])) <= {0.0, 1.0}
-        assert not (quiet > brain).any()
-        assert truth[quiet > 0].max(initial=0.0) < QUIET
+    held = Held(sample, torch.device("cpu"))
+    known = {name: NAMES.index(name) for name in NAMES if name.endswith("_known")}
+    drawn = np.stack([held.patch(8, np.random.default_rng(seed))[1] for seed in range(400)])
+    no_field, no_dose = drawn[:, known["field_known"]] == 0, drawn[:, known["dose_known"]] == 0
+    no_class = drawn[:, [NAMES.index(name) for name in SEQUENCE]].sum(axis=1) == 0
+    for gap, follows in ((no_field, "agent_known"), (no_dose, "agent_known"), (no_class, "repetition_time_known")):
+        assert 0.05 < gap.mean() < 0.2
+        assert not drawn[gap, known[follows]].any()
 
 
 def test_quiet_brain_is_brain_away_from_any_enhancement() -> None:

@@ -1,0 +1,84 @@
+"""What one step of training sees: patches of blocks, randomly placed, turned and flipped, with gaps in the header.
+
+Hides how blocks lie on the device, so that a step waits for no copy. Everything random follows from the generator that
+is passed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from models.condition import NAMES, SEQUENCE, TIMING
+from models.training.samples import SPACING, Block
+from models.volume import Array, Mask
+
+DROP = 0.12  # chance that a header value is unknown in training
+_EFFECTIVE = ("log_effective_dose", "relaxivity", "agent_known")
+_REPETITION = ("log_repetition_time", "repetition_time_known")
+_INVERSION = ("log_inversion_time", "inversion_time_known")
+_FLIP = ("log_flip_angle", "flip_angle_known")
+_DROPPED = (  # what becomes unknown together: the effective dose needs field strength, agent and dose
+    ("field", "field_known", *_EFFECTIVE),
+    ("log_dose_fraction", "dose_known", *_EFFECTIVE),
+    _EFFECTIVE,
+    (*SEQUENCE, *TIMING),  # timing means nothing without its class
+    TIMING,
+    _REPETITION,
+    _INVERSION,
+    _FLIP,
+)
+
+
+class Held:
+    """A block as training holds it: one half-precision tensor on the device, and the places where patches may lie."""
+
+    def __init__(self, block: Block, device: torch.device) -> None:
+        layers = [*block.images, block.truth, block.brain.astype(np.float16), block.quiet.astype(np.float16)]
+        self.layers = torch.from_numpy(np.stack(layers)).to(device)  # (6, k, j, i): images, truth, brain, quiet brain
+        self.condition = block.condition
+        self._brain = _places(block.brain)
+        self._enhancing = _places(block.truth > 0.05)
+
+    def patch(self, size: int, rng: np.random.Generator) -> tuple[Tensor, Array]:
+        """A randomly placed, turned and flipped patch.
+
+        Returns:
+            (6, size, size, size): images, truth, brain and quiet brain; condition with random gaps.
+        """
+        sides = self.layers.shape[1:]
+        start = [int(np.clip(c - size // 2, 0, n - size)) for c, n in zip(self._centre(rng), sides, strict=True)]
+        order = rng.permutation(3)
+        box = tuple(slice(s, s + size) for s in start)
+        turned = self.layers[:, *box].permute(0, *(int(axis) + 1 for axis in order))
+        turned = turned.flip([axis + 1 for axis in range(3) if rng.uniform() < 0.5])
+        condition = self.condition.copy()
+        spacing_kji = condition[SPACING : SPACING + 3][::-1]
+        condition[SPACING : SPACING + 3] = spacing_kji[order][::-1]
+        for group in _DROPPED:
+            if rng.uniform() < DROP:
+                condition[[NAMES.index(name) for name in group]] = 0
+        return turned, condition
+
+    def _centre(self, rng: np.random.Generator) -> npt.NDArray[np.intp]:
+        """Half of the patches at enhancement, half anywhere in the brain."""
+        where = self._enhancing if rng.uniform() < 0.5 and len(self._enhancing) else self._brain
+        place = np.unravel_index(where[rng.integers(len(where))], tuple(self.layers.shape[1:]))
+        return np.array(place) + rng.integers(-8, 9, 3)
+
+
+def _places(mask: Mask) -> npt.NDArray[np.intp]:
+    """Some thousand places in a mask, evenly drawn: a list of all of them is larger than the block."""
+    where = np.flatnonzero(mask)
+    return where[:: max(1, len(where) // 4096)]
+
+
+def draw_batch(held: Sequence[Held], count: int, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Patches (count, 6, size, size, size) of blocks drawn at random, and their conditions; float32 on their device."""
+    drawn = [held[int(rng.integers(len(held)))].patch(size, rng) for _ in range(count)]
+    layers = torch.stack([patch for patch, _ in drawn]).float()
+    return layers, torch.from_numpy(np.stack([condition for _, condition in drawn])).to(layers.device)
