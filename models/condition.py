@@ -31,8 +31,8 @@ NAMES = (
     "log_inversion_time", "inversion_time_known",
     "log_flip_angle", "flip_angle_known",
 )  # fmt: skip
-SEQUENCE = tuple(name for name in NAMES if name.startswith("sequence_"))
-TIMING = NAMES[NAMES.index("log_repetition_time") :]
+SEQUENCE_NAMES = tuple(name for name in NAMES if name.startswith("sequence_"))
+TIMING_NAMES = NAMES[NAMES.index("log_repetition_time") :]
 LOG_SIGMA = NAMES.index("log_sigma")
 HEADROOM = 1.5  # amplification beyond 1/dose that the bound of the signal allows: looser than any prediction
 UNKNOWN_DOSE_FRACTION = 0.33  # that the bound assumes where the dose is not known

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from models.agents import AGENTS
-from models.condition import NAMES, SEQUENCE, TIMING, Conditions, vector
+from models.condition import NAMES, SEQUENCE_NAMES, TIMING_NAMES, Conditions, vector
 from models.training.samples import Sample
 from models.volume import Array
 
@@ -22,9 +22,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "agent": ("log_effective_dose", "relaxivity", "agent_known"),
     "noise": ("log_sigma", "log_noise_left_1", "log_noise_left_2", "log_noise_left_3"),
     "spacing": ("log_spacing_i", "log_spacing_j", "log_spacing_k"),
-    "sequence": SEQUENCE,
-    "timing": TIMING,
-    "sequence and timing": (*SEQUENCE, *TIMING),
+    "sequence": SEQUENCE_NAMES,
+    "timing": TIMING_NAMES,
+    "sequence and timing": (*SEQUENCE_NAMES, *TIMING_NAMES),
 }
 
 

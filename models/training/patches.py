@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from models.condition import NAMES, SEQUENCE, TIMING
+from models.condition import NAMES, SEQUENCE_NAMES, TIMING_NAMES
 from models.training.samples import SPACING, Block
 from models.volume import Array, Mask
 
@@ -26,8 +26,8 @@ _DROPPED = (  # what becomes unknown together: the effective dose needs field st
     ("field", "field_known", *_EFFECTIVE),
     ("log_dose_fraction", "dose_known", *_EFFECTIVE),
     _EFFECTIVE,
-    (*SEQUENCE, *TIMING),  # timing means nothing without its class
-    TIMING,
+    (*SEQUENCE_NAMES, *TIMING_NAMES),  # timing means nothing without its class
+    TIMING_NAMES,
     _REPETITION,
     _INVERSION,
     _FLIP,

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from models.condition import NAMES, TIMING, TRAINED_TIMING, Conditions, vector
+from models.condition import NAMES, TIMING_NAMES, TRAINED_TIMING, Conditions, vector
 from models.training.phantom import draw_scenario
 
 EFFECTIVE = ("log_effective_dose", "relaxivity", "agent_known")
@@ -36,7 +36,7 @@ def test_an_effective_dose_of_which_a_part_is_unknown_is_unknown(
 
 def timing(sequence: str | None, **stated: float) -> dict[str, float]:
     made = Conditions(3.0, "gadobutrol", 0.033, sequence, 0.03, (0.35, 0.25, 0.15), (1.0, 1.0, 1.0), **stated)
-    return {name: value for name, value in zip(NAMES, vector(made).tolist(), strict=True) if name in TIMING}
+    return {name: value for name, value in zip(NAMES, vector(made).tolist(), strict=True) if name in TIMING_NAMES}
 
 
 @pytest.mark.parametrize(("repetition_s", "inversion_s"), [(2.3, 0.9), (0.0082, 0.45)])  # as two vendors state it

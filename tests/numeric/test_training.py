@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from models.card import ModelError, read_card
-from models.condition import LOG_SIGMA, NAMES, SEQUENCE
+from models.condition import LOG_SIGMA, NAMES, SEQUENCE_NAMES
 from models.runtime import NetworkEngine, upper_bound
 from models.training.curves import draw_curves
 from models.training.evaluate import TEST_SEED, held_out, interval, score
@@ -273,7 +273,7 @@ def test_gaps_of_a_header_take_what_follows_from_it_with_them() -> None:
     known = {name: NAMES.index(name) for name in NAMES if name.endswith("_known")}
     drawn = np.stack([held.patch(8, np.random.default_rng(seed))[1] for seed in range(400)])
     no_field, no_dose = drawn[:, known["field_known"]] == 0, drawn[:, known["dose_known"]] == 0
-    no_class = drawn[:, [NAMES.index(name) for name in SEQUENCE]].sum(axis=1) == 0
+    no_class = drawn[:, [NAMES.index(name) for name in SEQUENCE_NAMES]].sum(axis=1) == 0
     for gap, follows in ((no_field, "agent_known"), (no_dose, "agent_known"), (no_class, "repetition_time_known")):
         assert 0.05 < gap.mean() < 0.2
         assert not drawn[gap, known[follows]].any()
