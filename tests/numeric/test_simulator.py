@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -15,14 +15,17 @@ from models.preprocess import compare
 from models.training.phantom import (
     B1_RANGE,
     PSF_VOXELS,
+    _atlas_points,
     _defaced,
     _spectral_window,
     _tissue_signal,
+    _tissues,
+    _uncertain,
     draw_scenario,
     make_phantom,
 )
 from models.training.physics import TISSUES, Sequence, Tissue, draw_tissue, signal, smooth_field
-from models.volume import Array
+from models.volume import Array, Mask
 from tests.numeric.phantoms import MPRAGE, head
 
 SPGR = Sequence("SPGR", 0.007, 0.003, 15.0)
@@ -179,6 +182,35 @@ def test_vendors_state_the_timing_of_an_inversion_prepared_train_in_two_ways() -
     assert Sequence("SPGR", 0.008, 0.003, 15.0).stated["inversion_time_s"] is None
 
 
+def test_the_dose_response_lies_between_the_signal_equations_and_proportion_to_dose() -> None:
+    before, full = np.full(1, 1.0, np.float32), np.full(1, 2.0, np.float32)
+    saturating = np.full(1, 1.5, np.float32)  # half of the enhancement at a third of the dose
+    drawn = [float(_uncertain(before, saturating, full, 0.33, np.random.default_rng(n))[0]) for n in range(50)]
+    assert 1.33 <= min(drawn) < 1.37
+    assert 1.46 < max(drawn) <= 1.5
+    for dose, exact in ((0.0, before), (1.0, full)):  # neither a rescan nor the standard dose is uncertain
+        assert _uncertain(before, exact, full, dose, np.random.default_rng(1)) == pytest.approx(exact)
+
+
+def rim(brain: Mask) -> Mask:
+    """Within 1.5 voxels of the border."""
+    depth = ndimage.distance_transform_edt(brain)
+    return (depth > 0) & (depth <= 1.5)
+
+
+def test_skull_stripping_takes_the_dura_away_and_leaves_nothing_outside() -> None:
+    scenario = replace(head(stripped=True).scenario, spacing_mm=(1.0, 1.0, 1.0))
+    left: dict[bool, list[float]] = {False: [], True: []}
+    for cut, seed in itertools.product(left, (1, 2, 3)):  # blocks that hold some border
+        rng = np.random.default_rng(seed)
+        points = _atlas_points((64, 64, 64), scenario.spacing_mm, rng, whole=False)
+        anatomy = _tissues(points, replace(scenario, stripped=cut), rng)
+        left[cut].append(float(anatomy.fractions["dura"][rim(anatomy.brain)].mean()))
+    assert max(left[True]) < 0.3 * min(left[False])
+    phantom = make_phantom(7, shape=(64, 64, 64), scenario=scenario)
+    assert not phantom.enhancement[~phantom.brain].any()
+
+
 def test_a_defaced_head_keeps_its_brain() -> None:
     brain = np.zeros((40, 40, 40), bool)
     brain[12:28, 12:28, 12:28] = True
@@ -225,7 +257,7 @@ def test_noise_is_interpolated_without_moving_the_image(monkeypatch: pytest.Monk
 def test_relaxivity_is_tabulated_at_field_strengths_and_linear_between_them(agent: Agent) -> None:
     for field, r1 in agent.r1_per_mm_s:
         assert agent.relaxivity_per_mm_s(field) == r1
-    for (low, at_low), (high, at_high) in pairwise(agent.r1_per_mm_s):
+    for (low, at_low), (high, at_high) in itertools.pairwise(agent.r1_per_mm_s):
         assert agent.relaxivity_per_mm_s(low + 0.25 * (high - low)) == pytest.approx(0.75 * at_low + 0.25 * at_high)
     assert agent.relaxivity_per_mm_s(0.5) == agent.r1_per_mm_s[0][1]
     assert agent.relaxivity_per_mm_s(9.4) == agent.r1_per_mm_s[-1][1]
