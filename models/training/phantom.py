@@ -184,27 +184,41 @@ def _tissues(points: Array, scenario: Scenario, rng: np.random.Generator) -> _An
     parts = np.stack([grey, white, rest]) ** power
     parts *= inside / np.maximum(parts.sum(axis=0), 1e-6)
     fractions = {"grey": parts[0], "white": parts[1], "csf": parts[2]}
-    concentration: dict[str, Array] = {}
-    anatomy = _Anatomy(fractions, concentration, inside > 0.5, np.zeros(inside.shape, np.int16), [])
+    depth = ndimage.distance_transform_edt(inside > 0.5, sampling=scenario.spacing_mm[::-1]).astype(np.float32)
+    _give_way(fractions, _sulci(fractions["white"], depth, scenario, rng))
+    anatomy = _Anatomy(fractions, {}, inside > 0.5, np.zeros(inside.shape, np.int16), [])
     if scenario.stripped:
-        anatomy.brain = _strip(anatomy, inside, scenario, rng)
+        anatomy.brain = _strip(fractions, depth, scenario, rng)
     _add_meninges(anatomy, points, inside, scenario, rng)
     if not scenario.stripped:
         _add_head(anatomy, inside, scenario, rng)
     return anatomy
 
 
-def _strip(anatomy: _Anatomy, inside: Array, scenario: Scenario, rng: np.random.Generator) -> Mask:
-    """What skull stripping leaves: cut at or below the dura, mostly through the fluid around the cortex."""
-    shape, mm = inside.shape, float(np.mean(scenario.spacing_mm))
-    depth = ndimage.distance_transform_edt(inside > 0.5, sampling=scenario.spacing_mm[::-1])
-    cut = rng.uniform(1.2, 3.2) + smooth_field(shape, 12 / mm, rng.uniform(0, 0.7), rng)
-    fluid = rng.uniform(-1, 4) + smooth_field(shape, 8 / mm, 1.5, rng)
-    gone = np.clip((cut + fluid - depth) / 1.5, 0, 1).astype(np.float32)
+def _give_way(fractions: dict[str, Array], fluid: Array) -> None:
+    """Cerebrospinal fluid in place of a share of brain tissue."""
     for name in ("grey", "white"):
-        anatomy.fractions["csf"] += gone * anatomy.fractions[name]
-        anatomy.fractions[name] *= 1 - gone
-    kept: Mask = (depth > cut) & (inside > 0.5)
+        fractions["csf"] += fluid * fractions[name]
+        fractions[name] *= 1 - fluid
+
+
+def _sulci(white: Array, depth: Array, scenario: Scenario, rng: np.random.Generator) -> Array:
+    """Share of fluid: sheets of up to 3 mm from the surface inwards, which an average of many heads has blurred."""
+    mm = float(np.mean(scenario.spacing_mm))
+    field = smooth_field(depth.shape, rng.uniform(6, 10) / mm, 1.0, rng)
+    steepness = np.sqrt(sum(slope**2 for slope in np.gradient(field, *scenario.spacing_mm[::-1])))
+    half = rng.uniform(0.2, 1.5) * np.clip(1 - depth / rng.uniform(8, 25), 0, 1)
+    sheet = np.clip(0.5 + (half - np.abs(field) / np.maximum(steepness, 0.02)) / mm, 0, 1) * (half > 0)
+    return (sheet * np.clip(1 - 1.5 * white, 0, 1)).astype(np.float32)
+
+
+def _strip(fractions: dict[str, Array], depth: Array, scenario: Scenario, rng: np.random.Generator) -> Mask:
+    """What skull stripping leaves: cut at or below the dura, mostly through the fluid around the cortex."""
+    mm = float(np.mean(scenario.spacing_mm))
+    cut = rng.uniform(1.2, 3.2) + smooth_field(depth.shape, 12 / mm, rng.uniform(0, 0.7), rng)
+    width = rng.uniform(0, 4) + smooth_field(depth.shape, 8 / mm, 1.5, rng)
+    _give_way(fractions, np.clip((cut + width - depth) / 1.5, 0, 1).astype(np.float32))
+    kept: Mask = (depth > cut) & (depth > 0)
     return kept
 
 
@@ -280,12 +294,14 @@ def _add_vessels(anatomy: _Anatomy, scenario: Scenario, rng: np.random.Generator
         return
     density = len(starts) * float(np.prod(spacing)) / 1e6  # litres of brain
     tubes = np.zeros(shape, np.float32)
+    fluid = np.argwhere(anatomy.brain & (anatomy.fractions["csf"] > 0.3))
     for _ in range(int(rng.poisson(max(4.0, rng.uniform(60, 250) * density)))):
+        places = fluid if len(fluid) and rng.uniform() < 0.5 else starts  # many vessels run in the sulci
         large = rng.uniform() < 0.08
         radius = float(
             np.exp(rng.uniform(np.log(1.2), np.log(3.5)) if large else rng.uniform(np.log(0.25), np.log(1.2)))
         )
-        _draw_tube(tubes, starts[rng.integers(len(starts))] * spacing, radius, spacing, rng)
+        _draw_tube(tubes, places[rng.integers(len(places))] * spacing, radius, spacing, rng)
     tubes *= sum(anatomy.fractions.values()) > 0.3  # none in air
     if scenario.stripped:
         tubes *= anatomy.brain
@@ -379,11 +395,12 @@ def _image(anatomy: _Anatomy, scenario: Scenario, rng: np.random.Generator, *, w
     # A stronger or lower-dosed agent reaches the tissue in other concentrations: uptake follows the injected dose.
     uptake = scenario.agent.standard_dose_mmol_per_kg / 0.1 * rng.uniform(0.8, 1.2)
     b1 = np.ones(anatomy.brain.shape, np.float32) if whole else _transmit_field(anatomy.brain.shape, rng)
-    inflow = rng.uniform(1, 2.0) if scenario.sequence.kind != "SE" else rng.uniform(0.2, 1.0)
+    # Fresh spins brighten blood, dephasing and flow voids darken it.
+    flow = rng.uniform(0.4, 2.0) if scenario.sequence.kind != "SE" else rng.uniform(0.2, 1.0)
     for name, fraction in anatomy.fractions.items():
         tissue = draw_tissue(name, scenario.field_strength_t, rng)
         if name == "blood":
-            tissue = replace(tissue, pd=tissue.pd * inflow)
+            tissue = replace(tissue, pd=tissue.pd * flow)
         texture = 1 + smooth_field(fraction.shape, rng.uniform(2, 8), rng.uniform(0.01, 0.04), rng)
         amount, concentration = fraction * texture, anatomy.concentration.get(name)
         for dose in ideal:
