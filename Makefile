@@ -34,7 +34,8 @@ check: setup-tests ## linters, types and the import contract
 	$(BIN)/lint-imports
 
 test: peers check ## everything CI runs, with real peers
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --ignore tests/wire --ignore tests/browser
+	$(BIN)/python -m pytest tests/wire tests/browser
 
 bench: setup ## wall time and memory of `lowgad run` on STUDY=<folder>
 	$(BIN)/python benchmarks/run_real.py $(STUDY)

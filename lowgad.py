@@ -267,7 +267,9 @@ def demo(out: Path) -> None:
 
 
 @main.command()
-@click.option("--preset", default="small-cpu", show_default=True, help="smoke, small-cpu, small-gpu or base-gpu")
+@click.option(
+    "--preset", default="small-cpu", show_default=True, help="smoke, small-cpu, small-gpu, small-tune or base-gpu"
+)
 @click.option("--steps", type=click.IntRange(1), help="Other than the preset's; may grow when a run goes on")
 @click.option("--out", type=FOLDER, required=True, help="Folder of the run; an earlier part of it is gone on with")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes that simulate")

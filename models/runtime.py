@@ -35,6 +35,10 @@ _LOAD_ERRORS = (
     ort_errors.RuntimeException,
 )
 CUDA = "CUDAExecutionProvider"
+PROVIDERS: dict[str, dict[str, str]] = {  # in the order in which they are tried, with their options
+    CUDA: {"use_tf32": "0"},  # TF32 keeps ten bits of a product, and the result would depend on the card
+    "CPUExecutionProvider": {},
+}
 Progress = Callable[[float], None]
 Box = tuple[slice, slice, slice]
 
@@ -67,6 +71,10 @@ class Engine(Protocol):
         """SHA-256 of the model card; None where there is none."""
 
     @property
+    def provider(self) -> str:
+        """What computes: the same network differs in its last digits from one to another."""
+
+    @property
     def notice(self) -> str:
         """What must be said about the use of its results."""
 
@@ -82,6 +90,7 @@ class LinearEngine:
     digest: str = "linear-1"
     version: str = "1"
     card_digest: str | None = None
+    provider: str = "NumPy"
     notice: str = "research use, not a medical device"
 
     def predict(self, prepared: Prepared, conditions: Conditions, progress: Progress = lambda _: None) -> Array:
@@ -135,10 +144,11 @@ class NetworkEngine:
 
     def _open(self, precision: str) -> ort.InferenceSession:
         path, _ = self.card.networks[precision]
-        wanted = (CUDA, "CPUExecutionProvider")
-        available = [p for p in wanted if p in ort.get_available_providers()]
+        available = [p for p in PROVIDERS if p in ort.get_available_providers()]
         try:
-            session = ort.InferenceSession(str(path), self._options, providers=available)
+            session = ort.InferenceSession(
+                str(path), self._options, providers=available, provider_options=[PROVIDERS[p] for p in available]
+            )
         except _LOAD_ERRORS as error:
             raise ModelError(f"ONNX Runtime cannot load model {self.card.id}: {type(error).__name__}") from error
         said = session.get_modelmeta().custom_metadata_map
@@ -174,7 +184,7 @@ class NetworkEngine:
 
     @property
     def provider(self) -> str:
-        """The execution provider in use."""
+        """The execution provider of ONNX Runtime in use."""
         return str(self._session.get_providers()[0])
 
     def predict(self, prepared: Prepared, conditions: Conditions, progress: Progress = lambda _: None) -> Array:

@@ -163,11 +163,12 @@ def _context(
     """What the derived instances say about their making.
 
     The configuration hash covers all that decides the result beside the input and the model, so that another software
-    version, dose or watermark never reuses a UID. Which kinds are made decides nothing about each of them.
+    version, dose, watermark or execution provider never reuses a UID. Which kinds are made decides nothing about any.
     """
     version = metadata.version("lowgad")
     chosen = asdict(outputs) | {"kinds": None}
-    decided = [version, CONTRACT_VERSION, engine.name, *(asdict(conditions) | _MEASURED | chosen).values()]
+    made_by = [version, CONTRACT_VERSION, engine.name, engine.provider]
+    decided = [*made_by, *(asdict(conditions) | _MEASURED | chosen).values()]
     agent = BY_NAME.get(acquisition.agent.value or "")
     return DerivationContext(
         model_id=engine.name,
@@ -247,7 +248,7 @@ def _report(
     return {
         "outcome": "DONE",
         "notice": engine.notice,
-        "engine": {"name": engine.name, "version": engine.version, "sha256": engine.digest},
+        "engine": {name: getattr(engine, name) for name in ("name", "version", "provider")} | {"sha256": engine.digest},
         "options": asdict(options),
         "series": {
             "pre": {"series_instance_uid": pair.pre.series_uid, "slices": len(pair.pre.planes)},

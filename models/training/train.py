@@ -25,7 +25,7 @@ from models.training.patches import Held, draw_batch
 from models.training.samples import Block, make_sample, stream
 from models.training.site import SiteData, cut, padded
 
-FALSE_FIRST, FALSE_WEIGHT, FALSE_FULL_AT = 10.0, 40.0, 3000  # weight of false enhancement: at first, in full, from when
+FALSE_FIRST, FALSE_WEIGHT = 10.0, 40.0  # weight of false enhancement: at first and in full
 LAST_SEED = 400  # a seed has a million phantoms; evaluation starts at 500 million
 TRAIN_SEED, VALIDATION_SEED = 1_000_000, 900_000_000  # of phantoms; evaluation draws from yet another range
 VALIDATION_SIDE = 96  # voxels of the blocks in which a site's held-out study is judged
@@ -40,6 +40,9 @@ class Config:
     batch: int = 2
     patch: int = 40
     rate: float = 1e-3
+    warm_up: int = 200  # steps over which the rate rises
+    false_full_at: int = 3000  # steps over which the weight of false enhancement rises; in full at once if 0
+    fill: int = 16  # blocks simulated before the first step
     keep: int = 200  # simulated blocks held at a time
     refresh: int = 24  # steps between two new blocks
     validation: int = 8
@@ -54,6 +57,19 @@ PRESETS = {
     "smoke": Config(steps=6, batch=1, patch=24, keep=2, refresh=3, validation=1, mixed=False),
     "small-cpu": Config(),
     "small-gpu": Config(steps=15100, batch=16, patch=48, keep=1000, refresh=14, validation=16),
+    "small-tune": Config(  # goes on from the averaged weights of another run
+        steps=1000,
+        batch=12,
+        patch=48,
+        rate=3e-4,
+        warm_up=50,
+        false_full_at=0,
+        fill=128,
+        keep=400,
+        refresh=8,
+        ema=0.995,
+        seed=2,
+    ),
     "base-gpu": Config(variant="base", steps=40000, batch=16, patch=64, keep=800, refresh=1, validation=24),
 }
 
@@ -109,7 +125,7 @@ def train(
         validation = list(cut(source.validation, VALIDATION_SIDE, STRIDE))
     else:
         fresh = stream(TRAIN_SEED * config.seed + 10 * run.step, workers)
-        held = [run.hold(next(fresh)) for _ in range(min(16, config.keep))]
+        held = [run.hold(next(fresh)) for _ in range(min(config.fill, config.keep))]
         validation = [s for s in (make_sample(VALIDATION_SEED + n) for n in range(config.validation)) if s]
     began, losses = time.monotonic(), []
     while run.step < config.steps:
@@ -192,10 +208,11 @@ def _step(run: _Run, config: Config, held: list[Held]) -> Tensor:
     layers, condition = draw_batch(held, config.batch, config.patch, rng)
     images, targets = layers[:, :3].contiguous(memory_format=torch.channels_last_3d), layers[:, 3:]
     for group in run.optimizer.param_groups:
-        group["lr"] = config.rate * _schedule(run.step, config.steps)
+        group["lr"] = config.rate * _schedule(run.step, config)
     with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=config.mixed):
         raw, bound = run.network.unbounded(images, condition)
-    false_weight = FALSE_FIRST + (FALSE_WEIGHT - FALSE_FIRST) * min(1.0, run.step / FALSE_FULL_AT)
+    risen = min(1.0, run.step / config.false_full_at) if config.false_full_at else 1.0
+    false_weight = FALSE_FIRST + (FALSE_WEIGHT - FALSE_FIRST) * risen
     value = loss(raw.float(), bound.float(), *targets.split(1, dim=1), false_weight=false_weight)
     run.optimizer.zero_grad(set_to_none=True)
     value.backward()
@@ -208,8 +225,8 @@ def _step(run: _Run, config: Config, held: list[Held]) -> Tensor:
     return value.detach()
 
 
-def _schedule(step: int, steps: int) -> float:
-    return min(1.0, (step + 1) / 200, max(0.01, (steps - step) / (0.2 * steps)))
+def _schedule(step: int, config: Config) -> float:
+    return min(1.0, (step + 1) / config.warm_up, max(0.01, (config.steps - step) / (0.2 * config.steps)))
 
 
 def loss(

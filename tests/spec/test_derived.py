@@ -21,7 +21,7 @@ from pydicom.datadict import keyword_for_tag, tag_for_keyword
 from pydicom.dataset import Dataset
 
 from models.condition import Conditions
-from models.runtime import LinearEngine
+from models.runtime import Engine, LinearEngine
 from service.core.errors import Permanent, Reason
 from service.core.job import Kind
 from tests.factories import SyntheticPair, as_enhanced, as_stacks, encode, make_pair, uid, write_study
@@ -35,6 +35,7 @@ from worker.results import Outputs
 from worker.study import Series, read_study
 
 REAL_PAIR = Path(__file__).parents[2].parent / "shared" / "data" / "tcga-du-7294-lowdose33.zip"
+LINEAR = LinearEngine()
 CONTEXT = DerivationContext(
     model_id="test-model",
     model_version="7",
@@ -358,13 +359,15 @@ def test_what_is_measured_changes_no_uid_and_what_the_header_says_does(tmp_path:
     acquisition = read_acquisition(paired(tmp_path))
     known = Conditions(3.0, "gadobutrol", 0.033, "MPRAGE", 0.03, (0.35, 0.25, 0.15), (1.0, 1.0, 1.0))
 
-    def config_hash(**changes: Any) -> str:
+    def config_hash(engine: Engine = LINEAR, **changes: Any) -> str:
         made = dataclasses.replace(known, **changes)
         now = datetime(2032, 1, 1, tzinfo=UTC)
-        return _context(LinearEngine(), acquisition, made, Outputs(), numbers=frozenset(), now=now).config_hash
+        return _context(engine, acquisition, made, Outputs(), numbers=frozenset(), now=now).config_hash
 
     assert config_hash(sigma=0.0300001, noise_left=(0.3500001, 0.25, 0.15)) == config_hash()
     assert config_hash(dose_mmol_per_kg=0.034) != config_hash()
+    other = dataclasses.replace(LINEAR, provider="another")  # last digits of its signal differ, and so may pixels
+    assert config_hash(other) != config_hash()
 
 
 def test_series_numbers_are_high_unused_and_different(tmp_path: Path) -> None:
