@@ -1,9 +1,9 @@
 """A digital phantom: randomised head anatomy with vessels, meninges and lesions, imaged before and after contrast.
 
 Hides how anatomy is made from the ICBM 152 maps: random orientation, scale and warp, sharpened tissue fractions, and
-drawn structures (vessels, dura, falx, mucosa, scalp; solid, ringed and irregular lesions; T1-bright blood and cavities
-that do not enhance). The truth is the noise-free contrast enhancement of the standard dose. Everything follows from
-one seed. Must never leave a structure that enhances only in one of low dose and truth.
+drawn structures (sulci, vessels, dura, falx, mucosa, scalp; solid, ringed and irregular lesions; T1-bright blood and
+cavities that do not enhance). The truth is the noise-free contrast enhancement of the standard dose. Everything follows
+from one seed. Must never leave a structure that enhances only in one of low dose and truth.
 """
 
 from __future__ import annotations
@@ -431,9 +431,8 @@ def _image(anatomy: _Anatomy, scenario: Scenario, rng: np.random.Generator, *, w
 def _uncertain(before: Array, low: Array, full: Array, dose_fraction: float, rng: np.random.Generator) -> Array:
     """The low-dose image somewhere between the signal equations and enhancement in proportion to dose.
 
-    How much a scanner's signal saturates is known less well than the equations: the order of k-space, slice profile,
-    inflow, water exchange and the vendor's filters are not in the header. A network that trusts the equations errs by
-    a third on a scanner that differs.
+    How much a scanner's signal saturates follows from the equations only in part: the order of k-space, slice profile,
+    inflow, water exchange and the vendor's filters are not in the header (ADR 14).
     """
     proportional = before + np.float32(dose_fraction) * (full - before)
     return (low + np.float32(rng.uniform()) * (proportional - low)).astype(np.float32)
