@@ -28,7 +28,7 @@ SUPPORT_MM = 12.0  # signal is predicted up to here outside the brain (meninges,
 SCALE_QUANTILE = 0.95  # of the pre-contrast brain: about white matter
 FIELD_SIGMA_MM = 20.0
 NOISE_SIGMA_MM = 8.0
-MOTION_SIGMA_MM, MOTION_LIMIT_MM = 6.0, 1.5  # scale on which residual motion is measured; the most undone, per axis
+MOTION_SIGMA_MM, MOTION_LIMIT_MM = 9.0, 1.5  # scale on which residual motion is measured; the most undone, per axis
 _MOTION_ROUNDS, _MOTION_SETTLED_MM = 5, 0.15  # at most; done when a round moves 95 % of the brain by less
 GAIN_LIMITS = (0.85, 1.15)
 _TRIM = 2.5  # in robust standard deviations
@@ -258,8 +258,9 @@ def _displaced(image: Array, displacement: Array, spacing_mm: tuple[float, float
 def _motion(raw: Array, pre: Array, brain: Mask, spacing_mm: tuple[float, float, float]) -> Array:
     """The shift (3, k, j, i), mm, that explains a subtraction to first order: u . grad pre, with u smooth.
 
-    Weighted least squares around every voxel over brain that does not enhance, within 3 robust standard deviations;
-    drawn to 0 where the slopes of `pre` are no steeper than those of the noise. An axis of one voxel does not move.
+    Weighted least squares around every voxel over brain that does not enhance: within 3 robust standard deviations and
+    not beside what is brighter, because what enhances in a sulcus or at a border has its flanks on slopes. Drawn to 0
+    where the slopes of `pre` are no steeper than those of the noise. An axis of one voxel does not move.
     """
     sizes = spacing_mm[::-1]
     blur = [0.7 / s for s in sizes]
@@ -269,7 +270,8 @@ def _motion(raw: Array, pre: Array, brain: Mask, spacing_mm: tuple[float, float,
     smooth = ndimage.gaussian_filter(raw, blur)
     centre = np.median(smooth[brain])
     spread = 1.4826 * np.median(np.abs(smooth[brain] - centre)) + 1e-6
-    plain = (brain & (np.abs(smooth - centre) < 3 * spread)).astype(np.float32)
+    enhancing = ndimage.binary_dilation(brain & (smooth - centre > 3 * spread))
+    plain = (brain & ~enhancing & (smooth - centre > -3 * spread)).astype(np.float32)
     count = len(slope)
     pairs = [(a, b) for a in range(count) for b in range(a, count)]
     products = [plain * slope[a] * slope[b] for a, b in pairs] + [plain * slope[a] * smooth for a in range(count)]

@@ -19,9 +19,9 @@ from scipy import ndimage
 
 from models.brain import CHECKS
 from models.condition import TRAINED, Conditions, told_timing
-from models.preprocess import Prepared
+from models.preprocess import Comparison, Prepared
 from models.runtime import upper_bound
-from models.volume import Array
+from models.volume import Array, Mask
 
 
 class Verdict(Enum):
@@ -241,20 +241,30 @@ def judge_sequences(pre: str | None, low: str | None, changes: Mapping[str, floa
 
 def judge_pair(prepared: Prepared) -> tuple[Figure, ...]:
     """Figures of the pair before inference: likeness, motion, noise, brain, coverage, order."""
-    comparison, brain = prepared.comparison, prepared.brain
+    brain = prepared.brain
     correlation, residual = _likeness(prepared)
+    return (
+        *_judged({"pair_correlation": correlation, "residual_contrast": residual}),
+        *judge_comparison(prepared.comparison, brain),
+        *_judged(
+            {
+                "brain_volume": float(brain.sum()) * abs(float(np.linalg.det(prepared.pre.affine[:3, :3]))) / 1000,
+                "brain_structure": prepared.pose.structure,
+                "brain_in_pre": prepared.pose.coverage,
+                "brain_in_low": _covered(prepared),
+                "darkening": _darkening(prepared),
+            }
+        ),
+    )
+
+
+def judge_comparison(comparison: Comparison, brain: Mask) -> tuple[Figure, ...]:
+    """Figures of an aligned pair by itself, a head or a part of one: gain field, motion, noise."""
     return _judged(
         {
-            "pair_correlation": correlation,
-            "residual_contrast": residual,
             "gain_field_sd": float(comparison.gain_field[brain].std()),
             "residual_motion": comparison.motion_mm(brain),
             "noise": comparison.sigma,
-            "brain_volume": float(brain.sum()) * abs(float(np.linalg.det(prepared.pre.affine[:3, :3]))) / 1000,
-            "brain_structure": prepared.pose.structure,
-            "brain_in_pre": prepared.pose.coverage,
-            "brain_in_low": _covered(prepared),
-            "darkening": _darkening(prepared),
         }
     )
 

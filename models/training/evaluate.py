@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import ndimage
 
+from models.quality import refused
 from models.runtime import linear
 from models.training.phantom import draw_scenario, make_phantom
 from models.training.samples import Sample, quiet_brain, sample_of
@@ -139,23 +140,43 @@ def make_test_sample(seed: int, dose_fraction: float, side: int, stated: float |
     return sample_of(replace(phantom, scenario=replace(scenario, dose_fraction=stated or dose_fraction)))
 
 
-def held_out(
-    count: int, dose_fraction: float, side: int = 96, *, stated: float | None = None, workers: int = 1
-) -> list[Sample]:
-    """Simulated studies of fixed seeds at one dose fraction, everything else drawn as in training."""
+def usable_seeds(count: int, side: int = 96, *, workers: int = 1) -> tuple[list[int], int]:
+    """The first `count` fixed seeds whose study the quality gate takes at a third of the dose, and how many it refused.
+
+    No image is made of a study that is refused. The same seeds serve every dose.
+    """
     seeds = range(TEST_SEED, TEST_SEED + count + count // 2 + 4)
-    arguments = [seeds, [dose_fraction] * len(seeds), [side] * len(seeds), [stated] * len(seeds)]
-    if workers > 1:
-        with ProcessPoolExecutor(workers) as pool:
-            made = list(pool.map(make_test_sample, *arguments))
-        return [sample for sample in made if sample is not None][:count]
-    samples: list[Sample] = []
-    for one in zip(*arguments, strict=True):
-        if len(samples) == count:
+    usable: list[int] = []
+    turned_away = 0
+    for seed, sample in zip(seeds, _simulated(seeds, 0.33, side, None, workers), strict=True):
+        if len(usable) == count:
             break
-        sample = make_test_sample(*one)
-        samples += [] if sample is None else [sample]
-    return samples
+        if sample is None:
+            continue
+        if refused(sample.figures):
+            turned_away += 1
+        else:
+            usable.append(seed)
+    return usable, turned_away
+
+
+def held_out(
+    seeds: Sequence[int], dose_fraction: float, side: int = 96, *, stated: float | None = None, workers: int = 1
+) -> list[Sample]:
+    """Simulated studies at one dose fraction, everything else drawn as in training."""
+    made = _simulated(seeds, dose_fraction, side, stated, workers)
+    return [sample for sample in made if sample is not None]
+
+
+def _simulated(
+    seeds: Sequence[int], dose_fraction: float, side: int, stated: float | None, workers: int
+) -> Iterator[Sample | None]:
+    arguments = [seeds, *([value] * len(seeds) for value in (dose_fraction, side, stated))]
+    if workers == 1:
+        yield from map(make_test_sample, *arguments)
+    else:
+        with ProcessPoolExecutor(workers) as pool:
+            yield from pool.map(make_test_sample, *arguments)
 
 
 def linear_method(sample: Sample) -> Array:

@@ -34,6 +34,7 @@ CURVE_NODES = 160  # of concentration
 # Concentrations at the standard dose, mM. 0.1 mmol/kg in an extracellular volume of 0.2 to 0.25 L/kg are .4 to .5 in
 # plasma, of which whole blood holds 1 - haematocrit, more in the first minutes, and a lesion its extravascular share.
 BLOOD_MM, LESION_MM = (0.2, 0.5), (0.03, 0.5)
+ATROPHY = 4.0  # fluid of a head over that of the maps, at most: intracranial share about 10 to 30 %
 SMALL_MM = 6.0  # at least half of all lesions are below this
 
 
@@ -180,15 +181,16 @@ def _tissues(points: Array, scenario: Scenario, rng: np.random.Generator) -> _An
     inside = _sample(atlas.intracranial.astype(np.float32), points)
     grey, white = _sample(atlas.grey.voxels, points), _sample(atlas.white.voxels, points)
     power = rng.uniform(1.3, 3.0)  # the maps are averages of many heads: one head is sharper
-    rest = np.clip(inside - grey - white, 0, 1)
+    rest = np.clip(inside - grey - white, 0, 1) * np.exp(rng.uniform(0, np.log(ATROPHY)))
     parts = np.stack([grey, white, rest]) ** power
     parts *= inside / np.maximum(parts.sum(axis=0), 1e-6)
     fractions = {"grey": parts[0], "white": parts[1], "csf": parts[2]}
     depth = ndimage.distance_transform_edt(inside > 0.5, sampling=scenario.spacing_mm[::-1]).astype(np.float32)
     _give_way(fractions, _sulci(fractions["white"], depth, scenario, rng))
-    anatomy = _Anatomy(fractions, {}, inside > 0.5, np.zeros(inside.shape, np.int16), [])
-    if scenario.stripped:
-        anatomy.brain = _strip(fractions, depth, scenario, rng)
+    cut = _skull_strip(depth, scenario, rng) if scenario.stripped else 0.0
+    _give_way(fractions, _subarachnoid(depth - cut, scenario, rng))
+    brain = (depth > cut) & (depth > 0)
+    anatomy = _Anatomy(fractions, {}, brain, np.zeros(inside.shape, np.int16), [])
     _add_meninges(anatomy, points, inside, scenario, rng)
     if not scenario.stripped:
         _add_head(anatomy, inside, scenario, rng)
@@ -203,23 +205,26 @@ def _give_way(fractions: dict[str, Array], fluid: Array) -> None:
 
 
 def _sulci(white: Array, depth: Array, scenario: Scenario, rng: np.random.Generator) -> Array:
-    """Share of fluid: sheets of up to 3 mm from the surface inwards, which an average of many heads has blurred."""
+    """Share of fluid: sheets of up to 4 mm from the surface inwards, which an average of many heads has blurred."""
     mm = float(np.mean(scenario.spacing_mm))
     field = smooth_field(depth.shape, rng.uniform(6, 10) / mm, 1.0, rng)
     steepness = np.sqrt(sum(slope**2 for slope in np.gradient(field, *scenario.spacing_mm[::-1])))
-    half = rng.uniform(0.2, 1.5) * np.clip(1 - depth / rng.uniform(8, 25), 0, 1)
+    half = rng.uniform(0.2, 2.0) * np.clip(1 - depth / rng.uniform(8, 30), 0, 1)
     sheet = np.clip(0.5 + (half - np.abs(field) / np.maximum(steepness, 0.02)) / mm, 0, 1) * (half > 0)
     return (sheet * np.clip(1 - 1.5 * white, 0, 1)).astype(np.float32)
 
 
-def _strip(fractions: dict[str, Array], depth: Array, scenario: Scenario, rng: np.random.Generator) -> Mask:
-    """What skull stripping leaves: cut at or below the dura, mostly through the fluid around the cortex."""
+def _subarachnoid(depth: Array, scenario: Scenario, rng: np.random.Generator) -> Array:
+    """Share of fluid between the dura and the cortex: none to about 7 mm, as heads of all ages have it."""
     mm = float(np.mean(scenario.spacing_mm))
-    cut = rng.uniform(1.2, 3.2) + smooth_field(depth.shape, 12 / mm, rng.uniform(0, 0.7), rng)
     width = rng.uniform(0, 4) + smooth_field(depth.shape, 8 / mm, 1.5, rng)
-    _give_way(fractions, np.clip((cut + width - depth) / 1.5, 0, 1).astype(np.float32))
-    kept: Mask = (depth > cut) & (depth > 0)
-    return kept
+    return np.clip((width - depth) / 1.5, 0, 1).astype(np.float32)
+
+
+def _skull_strip(depth: Array, scenario: Scenario, rng: np.random.Generator) -> Array:
+    """Depth (mm) at which skull stripping cuts: below the dura, and through the fluid around the cortex."""
+    mm = float(np.mean(scenario.spacing_mm))
+    return rng.uniform(1.2, 3.2) + smooth_field(depth.shape, 12 / mm, rng.uniform(0, 0.7), rng)
 
 
 def _add_meninges(
@@ -233,10 +238,10 @@ def _add_meninges(
     midline = np.exp(-((points[0] / rng.uniform(0.5, 1.0)) ** 2)) * (anatomy.fractions["csf"] > 0.3)
     dura = np.clip(shell * patches * rng.uniform(0.2, 0.9) + 0.7 * midline, 0, 0.9).astype(np.float32)
     _place(anatomy, "dura", dura, _uptake(shape, rng.uniform(0.1, 0.4), rng))
-    sulci = (anatomy.fractions["csf"] > 0.15) & (anatomy.fractions["csf"] < 0.9) & (inside > 0.5)
+    deep = ndimage.gaussian_filter(inside, 10 / np.array(scenario.spacing_mm[::-1])) > 0.97
+    sulci = (anatomy.fractions["csf"] > 0.15) & (inside > 0.5) & ~deep
     pial = (smooth_field(shape, rng.uniform(1.5, 3.0), 1.0, rng) > rng.uniform(0.8, 2.0)) & sulci
     _place(anatomy, "pia", rng.uniform(0.3, 0.9) * _soften(pial), _uptake(shape, rng.uniform(0.05, 0.4), rng, 0.5))
-    deep = ndimage.gaussian_filter(inside, 10 / np.array(scenario.spacing_mm[::-1])) > 0.97
     choroid = (smooth_field(shape, 3, 1.0, rng) > 1.3) & deep & (anatomy.fractions["csf"] > 0.7)
     if choroid.any():
         _place(anatomy, "mucosa", _soften(choroid), _uptake(shape, rng.uniform(0.2, 0.5), rng))
@@ -293,15 +298,18 @@ def _add_vessels(anatomy: _Anatomy, scenario: Scenario, rng: np.random.Generator
     if len(starts) == 0:
         return
     density = len(starts) * float(np.prod(spacing)) / 1e6  # litres of brain
-    tubes = np.zeros(shape, np.float32)
-    fluid = np.argwhere(anatomy.brain & (anatomy.fractions["csf"] > 0.3))
+    fluid = anatomy.fractions["csf"] > 0.3
+    deep, pial = np.zeros(shape, np.float32), np.zeros(shape, np.float32)  # many vessels run in the sulci
+    starts_pial = np.argwhere(anatomy.brain & fluid)
     for _ in range(int(rng.poisson(max(4.0, rng.uniform(60, 250) * density)))):
-        places = fluid if len(fluid) and rng.uniform() < 0.5 else starts  # many vessels run in the sulci
+        in_fluid = len(starts_pial) > 0 and rng.uniform() < 0.5
+        tubes, places = (pial, starts_pial) if in_fluid else (deep, starts)
         large = rng.uniform() < 0.08
         radius = float(
             np.exp(rng.uniform(np.log(1.2), np.log(3.5)) if large else rng.uniform(np.log(0.25), np.log(1.2)))
         )
         _draw_tube(tubes, places[rng.integers(len(places))] * spacing, radius, spacing, rng)
+    tubes = np.maximum(deep, pial * ndimage.binary_dilation(fluid))
     tubes *= sum(anatomy.fractions.values()) > 0.3  # none in air
     if scenario.stripped:
         tubes *= anatomy.brain

@@ -20,6 +20,7 @@ from scipy import ndimage
 
 from models.condition import NAMES, Conditions, vector
 from models.preprocess import SCALE_QUANTILE, compare
+from models.quality import Figure, judge_comparison, refused
 from models.training.phantom import Phantom, Scenario, make_phantom
 from models.volume import Array, Mask
 
@@ -52,14 +53,19 @@ class Sample(Block):
     labels: npt.NDArray[np.int16]
     diameters_mm: tuple[float, ...]
     scenario: Scenario
+    figures: tuple[Figure, ...]  # of the quality gate, as far as a part of a head has them
 
 
 def make_sample(seed: int, **options: object) -> Sample | None:
-    """Simulate a block (see `make_phantom` for `options`); None where it holds too little brain to measure a gain."""
+    """Simulate a block (see `make_phantom` for `options`).
+
+    None where it holds too little brain to measure a gain, or where the quality gate would refuse such a pair.
+    """
     phantom = make_phantom(seed, **options)  # type: ignore[arg-type]
     if phantom.brain.mean() < 0.03:
         return None
-    return sample_of(phantom)
+    sample = sample_of(phantom)
+    return None if refused(sample.figures) else sample
 
 
 def sample_of(phantom: Phantom) -> Sample:
@@ -89,6 +95,7 @@ def sample_of(phantom: Phantom) -> Sample:
         phantom.lesion_labels.astype(np.int16),
         phantom.lesion_diameters_mm,
         scenario,
+        judge_comparison(seen, brain),
     )
 
 

@@ -211,6 +211,28 @@ def test_skull_stripping_takes_the_dura_away_and_leaves_nothing_outside() -> Non
     assert not phantom.enhancement[~phantom.brain].any()
 
 
+def test_heads_of_all_ages_have_a_tenth_to_a_third_of_their_intracranial_volume_as_fluid() -> None:
+    scenario, shares = replace(head(stripped=False).scenario, spacing_mm=(3.0, 3.0, 3.0)), []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        anatomy = _tissues(_atlas_points((56, 70, 60), scenario.spacing_mm, rng, whole=True), scenario, rng)
+        shares.append(float(anatomy.fractions["csf"][anatomy.brain].mean()))
+    assert min(shares) > 0.1
+    assert max(shares) < 0.33
+    assert max(shares) > 1.3 * min(shares)
+
+
+def test_many_vessels_run_in_the_fluid_around_the_cortex() -> None:
+    dark = [0.0, 0.0]
+    for seed in (1, 2, 3):
+        scenario = replace(head(stripped=True).scenario, spacing_mm=(1.0, 1.0, 1.0), lesions=0, sigma=1e-4)
+        phantom = make_phantom(seed, shape=(64, 64, 64), scenario=scenario)
+        white = np.quantile(phantom.pre[phantom.brain], 0.95)
+        enhancing = phantom.brain & (phantom.enhancement > 0.1 * white)
+        dark = np.add(dark, [(phantom.pre[enhancing] < 0.45 * white).sum(), enhancing.sum()])
+    assert dark[0] > 0.15 * dark[1]
+
+
 def test_a_defaced_head_keeps_its_brain() -> None:
     brain = np.zeros((40, 40, 40), bool)
     brain[12:28, 12:28, 12:28] = True
@@ -242,6 +264,18 @@ def test_residual_motion_is_undone_and_a_lesion_keeps_its_enhancement_and_its_pl
     border = (distance > 5) & (distance < 8)
     off, was_off = (np.abs(x - lesion)[border].mean() for x in (seen.subtraction, before))
     assert off < 0.5 * was_off
+
+
+@pytest.mark.parametrize("stripped", [True, False], ids=["stripped", "full head"])
+def test_enhancement_in_sulci_and_at_the_border_is_not_taken_for_motion(
+    stripped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.training.phantom._misalign", lambda image, *_: image)
+    scenario = replace(head(stripped=stripped).scenario, spacing_mm=(3.0, 3.0, 3.0), sigma=0.01, dose_fraction=1.0)
+    for seed in (2, 4, 5):
+        phantom = make_phantom(seed, shape=(56, 70, 60), scenario=scenario, whole=True)
+        seen = compare(phantom.pre, phantom.low, phantom.brain, scenario.spacing_mm)
+        assert seen.motion_mm(phantom.brain) < 0.35
 
 
 def test_noise_is_interpolated_without_moving_the_image(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,21 +6,25 @@ import csv
 from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
+from scipy import ndimage
 
 from models.card import ModelError, read_card
 from models.condition import LOG_SIGMA, NAMES, SEQUENCE_NAMES
+from models.quality import LIMITS, Figure
 from models.runtime import NetworkEngine, upper_bound
+from models.training import evaluate, phantom
 from models.training.curves import draw_curves
-from models.training.evaluate import TEST_SEED, held_out, interval, score
+from models.training.evaluate import TEST_SEED, held_out, interval, score, usable_seeds
 from models.training.export import TOLERANCE, ParityError, export, load_network
 from models.training.network import VARIANTS, Network
 from models.training.patches import Held
-from models.training.samples import Block, make_sample, quiet_brain
+from models.training.samples import Block, Sample, make_sample, quiet_brain
 from models.training.train import FALSE_WEIGHT, LAST_SEED, PRESETS, TRAIN_SEED, VALIDATION_SEED, loss, train
 from models.volume import Array
 
@@ -325,7 +329,30 @@ def test_a_bootstrap_interval_holds_the_mean() -> None:
     assert mean == 2.5
 
 
+def test_an_evaluation_counts_and_replaces_what_the_quality_gate_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    (usable, following), before = usable_seeds(2, side=40)
+    make = evaluate.make_test_sample
+
+    def moved(seed: int, *arguments: Any) -> Sample | None:
+        sample = make(seed, *arguments)
+        return replace(sample, figures=(motion_of(3.0),)) if sample and seed == usable else sample
+
+    monkeypatch.setattr(evaluate, "make_test_sample", moved)
+    assert usable_seeds(1, side=40) == ([following], before + 1)
+
+
+def test_training_takes_no_pair_that_the_quality_gate_would_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert make_sample(3, shape=(40, 40, 40)) is not None
+    monkeypatch.setattr(phantom, "_misalign", lambda image, *_: ndimage.shift(image, (0, 2, 0), order=1))
+    assert make_sample(3, shape=(40, 40, 40)) is None
+
+
+def motion_of(mm: float) -> Figure:
+    return LIMITS["residual_motion"].judge("residual_motion", mm)
+
+
 def test_held_out_studies_have_the_asked_dose_and_are_the_same_every_time() -> None:
-    one, again = (held_out(2, 0.1, side=40) for _ in range(2))
+    seeds, _ = usable_seeds(2, side=40)
+    one, again = (held_out(seeds, 0.1, side=40) for _ in range(2))
     assert [sample.scenario.dose_fraction for sample in one] == [0.1, 0.1]
     assert all(np.array_equal(a.images, b.images) for a, b in zip(one, again, strict=True))
