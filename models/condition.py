@@ -46,7 +46,7 @@ TRAINED = {  # what the simulator draws (models.training.phantom); outside is sa
 Ranges = tuple[tuple[float, float], ...]
 TRAINED_TIMING: dict[str, dict[str, Ranges]] = {  # likewise, by sequence class, in s and deg
     "MPRAGE": {
-        "repetition_time_s": ((0.006, 0.009), (1.5, 2.5)),  # of the readouts or of the inversions: vendors differ
+        "repetition_time_s": ((0.006, 0.009), (1.5, 3.0)),  # of the readouts or of the inversions: vendors differ
         "echo_time_s": ((0.002, 0.004),),
         "inversion_time_s": ((0.15, 1.1),),  # shorter delays were drawn too rarely
         "flip_angle_deg": ((7.0, 12.0),),

@@ -35,6 +35,7 @@ CURVE_NODES = 160  # of concentration
 # plasma, of which whole blood holds 1 - haematocrit, more in the first minutes, and a lesion its extravascular share.
 BLOOD_MM, LESION_MM = (0.2, 0.5), (0.03, 0.5)
 ATROPHY = 4.0  # fluid of a head over that of the maps, at most: intracranial share about 10 to 30 %
+PIAL_SHARE = 0.7  # of vessels
 SMALL_MM = 6.0  # at least half of all lesions are below this
 
 
@@ -299,10 +300,10 @@ def _add_vessels(anatomy: _Anatomy, scenario: Scenario, rng: np.random.Generator
         return
     density = len(starts) * float(np.prod(spacing)) / 1e6  # litres of brain
     fluid = anatomy.fractions["csf"] > 0.3
-    deep, pial = np.zeros(shape, np.float32), np.zeros(shape, np.float32)  # many vessels run in the sulci
+    deep, pial = np.zeros(shape, np.float32), np.zeros(shape, np.float32)  # most vessels run in the sulci
     starts_pial = np.argwhere(anatomy.brain & fluid)
     for _ in range(int(rng.poisson(max(4.0, rng.uniform(60, 250) * density)))):
-        in_fluid = len(starts_pial) > 0 and rng.uniform() < 0.5
+        in_fluid = len(starts_pial) > 0 and rng.uniform() < PIAL_SHARE
         tubes, places = (pial, starts_pial) if in_fluid else (deep, starts)
         large = rng.uniform() < 0.08
         radius = float(
@@ -404,7 +405,7 @@ def _image(anatomy: _Anatomy, scenario: Scenario, rng: np.random.Generator, *, w
     uptake = scenario.agent.standard_dose_mmol_per_kg / 0.1 * rng.uniform(0.8, 1.2)
     b1 = np.ones(anatomy.brain.shape, np.float32) if whole else _transmit_field(anatomy.brain.shape, rng)
     # Fresh spins brighten blood, dephasing and flow voids darken it.
-    flow = rng.uniform(0.4, 2.0) if scenario.sequence.kind != "SE" else rng.uniform(0.2, 1.0)
+    flow = rng.uniform(0.25, 2.0) if scenario.sequence.kind != "SE" else rng.uniform(0.1, 1.0)
     for name, fraction in anatomy.fractions.items():
         tissue = draw_tissue(name, scenario.field_strength_t, rng)
         if name == "blood":

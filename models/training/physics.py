@@ -106,9 +106,9 @@ def draw_sequence(rng: np.random.Generator) -> Sequence:
     """A plausible clinical T1 sequence."""
     kind = rng.choice(["MPRAGE", "SPGR", "SE"], p=[0.5, 0.35, 0.15])
     if kind == "MPRAGE":
-        tau, readouts = rng.uniform(0.006, 0.009), int(rng.integers(128, 208))
-        ti = rng.uniform(0.8, 1.1)
-        tr = max(rng.uniform(1.5, 2.5), ti + tau * readouts * 0.6 + 0.1)
+        tau, ti = rng.uniform(0.006, 0.009), rng.uniform(0.6, 1.1)  # the shorter, the darker is what relaxes slowly
+        readouts = min(int(rng.integers(128, 208)), int(2 * ti / tau))
+        tr = max(rng.uniform(1.5, 3.0), ti + tau * readouts * 0.6 + 0.1)
         return Sequence(
             "MPRAGE", tr, rng.uniform(0.002, 0.004), rng.uniform(7, 12), ti, tau, readouts, rng.uniform(0.9, 1)
         )
