@@ -28,14 +28,15 @@ from models.training.physics import (
 from models.volume import Array, Mask
 
 TWIST_DEG, SCALE, WARP_MM = 15.0, 0.15, 2.5
-B1_RANGE, B1_NODES = (0.7, 1.3), 31  # transmit field, 1 = nominal (which is a node)
+B1_RANGE, B1_NODES = (0.7, 1.3), 61  # transmit field, 1 = nominal (which is a node)
 PSF_VOXELS = (0.3, 0.6)  # standard deviation of the point spread
-CURVE_NODES = 160  # of concentration
+CURVE_NODES = 320  # of concentration
 # Concentrations at the standard dose, mM. 0.1 mmol/kg in an extracellular volume of 0.2 to 0.25 L/kg are .4 to .5 in
 # plasma, of which whole blood holds 1 - haematocrit, more in the first minutes, and a lesion its extravascular share.
 BLOOD_MM, LESION_MM = (0.2, 0.5), (0.03, 0.5)
 ATROPHY = 4.0  # fluid of a head over that of the maps, at most: intracranial share about 10 to 30 %
 PIAL_SHARE = 0.7  # of vessels
+SHORTEST_DELAY_S = 0.15  # between inversion and first readout that a header states in place of the inversion time
 SMALL_MM = 6.0  # at least half of all lesions are below this
 
 
@@ -105,7 +106,8 @@ def draw_scenario(rng: np.random.Generator) -> Scenario:
     lesions = 0 if rng.uniform() < 0.2 else int(rng.integers(1, 13))
     sequence, stripped = draw_sequence(rng), bool(rng.uniform() < 0.5)
     by_readout = bool(rng.uniform() < 0.6)  # how vendors state the timing of an inversion-prepared train differs
-    sequence = replace(sequence, states_readouts=by_readout, states_delay=by_readout and bool(rng.uniform() < 0.7))
+    by_delay = by_readout and bool(rng.uniform() < 0.7) and sequence.preparation_s >= SHORTEST_DELAY_S
+    sequence = replace(sequence, states_readouts=by_readout, states_delay=by_delay)
     return Scenario(field, agent, dose, sequence, (in_plane, in_plane, through), sigma, stripped, lesions)
 
 
