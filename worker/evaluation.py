@@ -98,7 +98,7 @@ def write_card(
     for name, rows in tables.items():
         _write_csv(out / f"{name}.csv", rows)
     _draw(out, results, samples, standard, engine)
-    (folder / "CARD.md").write_text(render(engine.card, tables, studies, refused), encoding="utf-8")
+    (folder / "CARD.md").write_text(render(engine.card, tables, len(seeds), refused), encoding="utf-8")
 
 
 def network_method(engine: NetworkEngine) -> Method:
