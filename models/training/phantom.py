@@ -30,6 +30,7 @@ from models.volume import Array, Mask
 TWIST_DEG, SCALE, WARP_MM = 15.0, 0.15, 2.5
 B1_RANGE, B1_NODES = (0.7, 1.3), 61  # transmit field, 1 = nominal (which is a node)
 PSF_VOXELS = (0.3, 0.6)  # standard deviation of the point spread
+INTERPOLATED, INTERPOLATED_VOXELS = 0.4, (0.6, 1.3)  # share of studies with an axis on a finer grid, its point spread
 CURVE_NODES = 320  # of concentration
 # Concentrations at the standard dose, mM. 0.1 mmol/kg in an extracellular volume of 0.2 to 0.25 L/kg are .4 to .5 in
 # plasma, of which whole blood holds 1 - haematocrit, more in the first minutes, and a lesion its extravascular share.
@@ -38,6 +39,7 @@ ATROPHY = 4.0  # fluid of a head over that of the maps, at most: intracranial sh
 PIAL_SHARE = 0.7  # of vessels
 SHORTEST_DELAY_S = 0.15  # between inversion and first readout that a header states in place of the inversion time
 SMALL_MM = 6.0  # at least half of all lesions are below this
+GRAIN_VOXELS, GRAIN = (1.0, 2.5), 0.6  # scale, and largest relative deviation, of uptake from one voxel to the next
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class _Anatomy:
     brain: Mask
     labels: np.ndarray
     diameters: list[float]
+    grain: Array  # of unit deviation: tissue is not uniform from one voxel to the next
 
 
 def draw_scenario(rng: np.random.Generator) -> Scenario:
@@ -127,8 +130,8 @@ def make_phantom(
         seed: everything random follows from it.
         shape: (k, j, i) of the grid.
         scenario: what is fixed; drawn from the seed where None.
-        whole: centre the head upright in the grid, at the nominal flip angle, without ringing and with its face;
-            otherwise a randomly turned and placed part of it.
+        whole: centre the head upright in the grid, with its face, at the nominal flip angle, neither ringing nor
+            interpolated; otherwise a randomly turned and placed part of it.
     """
     rng = np.random.default_rng(seed)
     scenario = scenario or draw_scenario(rng)
@@ -193,7 +196,8 @@ def _tissues(points: Array, scenario: Scenario, rng: np.random.Generator) -> _An
     cut = _skull_strip(depth, scenario, rng) if scenario.stripped else 0.0
     _give_way(fractions, _subarachnoid(depth - cut, scenario, rng))
     brain = (depth > cut) & (depth > 0)
-    anatomy = _Anatomy(fractions, {}, brain, np.zeros(inside.shape, np.int16), [])
+    grain = smooth_field(inside.shape, rng.uniform(*GRAIN_VOXELS), 1.0, rng)
+    anatomy = _Anatomy(fractions, {}, brain, np.zeros(inside.shape, np.int16), [], grain)
     _add_meninges(anatomy, points, inside, scenario, rng)
     if not scenario.stripped:
         _add_head(anatomy, inside, scenario, rng)
@@ -240,14 +244,14 @@ def _add_meninges(
     patches = np.clip(0.5 + smooth_field(shape, 12, 0.5, rng), 0, 1)
     midline = np.exp(-((points[0] / rng.uniform(0.5, 1.0)) ** 2)) * (anatomy.fractions["csf"] > 0.3)
     dura = np.clip(shell * patches * rng.uniform(0.2, 0.9) + 0.7 * midline, 0, 0.9).astype(np.float32)
-    _place(anatomy, "dura", dura, _uptake(shape, rng.uniform(0.1, 0.4), rng))
+    _place(anatomy, "dura", dura, _uptake(anatomy, rng.uniform(0.1, 0.4), rng))
     deep = ndimage.gaussian_filter(inside, 10 / np.array(scenario.spacing_mm[::-1])) > 0.97
     sulci = (anatomy.fractions["csf"] > 0.15) & (inside > 0.5) & ~deep
     pial = (smooth_field(shape, rng.uniform(1.5, 3.0), 1.0, rng) > rng.uniform(0.8, 2.0)) & sulci
-    _place(anatomy, "pia", rng.uniform(0.3, 0.9) * _soften(pial), _uptake(shape, rng.uniform(0.05, 0.4), rng, 0.5))
+    _place(anatomy, "pia", rng.uniform(0.3, 0.9) * _soften(pial), _uptake(anatomy, rng.uniform(0.05, 0.4), rng, 0.5))
     choroid = (smooth_field(shape, 3, 1.0, rng) > 1.3) & deep & (anatomy.fractions["csf"] > 0.7)
     if choroid.any():
-        _place(anatomy, "mucosa", _soften(choroid), _uptake(shape, rng.uniform(0.2, 0.5), rng))
+        _place(anatomy, "mucosa", _soften(choroid), _uptake(anatomy, rng.uniform(0.2, 0.5), rng))
 
 
 def _add_head(anatomy: _Anatomy, inside: Array, scenario: Scenario, rng: np.random.Generator) -> None:
@@ -265,7 +269,7 @@ def _add_head(anatomy: _Anatomy, inside: Array, scenario: Scenario, rng: np.rand
     for name, shell in shells.items():
         anatomy.fractions[name] = (shell * outside).astype(np.float32)
     spots = (smooth_field(inside.shape, 8, 1.0, rng) > 1.0) & shells["muscle"]
-    _place(anatomy, "mucosa", _soften(spots), _uptake(inside.shape, rng.uniform(0.1, 0.4), rng))
+    _place(anatomy, "mucosa", _soften(spots), _uptake(anatomy, rng.uniform(0.1, 0.4), rng))
     anatomy.concentration["muscle"] = np.full(inside.shape, rng.uniform(0.02, 0.06), np.float32)
 
 
@@ -273,9 +277,10 @@ def _soften(mask: Mask) -> Array:
     return ndimage.gaussian_filter(mask.astype(np.float32), 0.6)
 
 
-def _uptake(shape: tuple[int, ...], level_mm: float, rng: np.random.Generator, spread: float = 0.25) -> Array:
-    """Concentration at the standard dose (mM): a level with smooth heterogeneity."""
-    return (level_mm * np.clip(1 + smooth_field(shape, 5, spread, rng), 0.2, 2.0)).astype(np.float32)
+def _uptake(anatomy: _Anatomy, level_mm: float, rng: np.random.Generator, spread: float = 0.25) -> Array:
+    """Concentration at the standard dose (mM): a level with smooth heterogeneity and grain."""
+    smooth = np.clip(1 + smooth_field(anatomy.brain.shape, 5, spread, rng), 0.2, 2.0)
+    return (level_mm * smooth * np.clip(1 + rng.uniform(0, GRAIN) * anatomy.grain, 0.1, 2.5)).astype(np.float32)
 
 
 def _place(anatomy: _Anatomy, name: str, fraction: Array, concentration: Array | None) -> None:
@@ -376,7 +381,7 @@ def _add_lesion(
         core = np.clip(0.5 + (depth - rng.uniform(1, 5)) / edge, 0, 1) * body
         _place(anatomy, "necrosis", core.astype(np.float32), None)
         body = np.clip(body - core, 0, 1)
-    _place(anatomy, "lesion", body.astype(np.float32), _uptake(shape, level, rng, rng.uniform(0.05, 0.4)))
+    _place(anatomy, "lesion", body.astype(np.float32), _uptake(anatomy, level, rng, rng.uniform(0.05, 0.4)))
     anatomy.diameters.append(diameter)
     anatomy.labels[body > 0.5] = len(anatomy.diameters)
 
@@ -416,17 +421,17 @@ def _image(anatomy: _Anatomy, scenario: Scenario, rng: np.random.Generator, *, w
         amount, concentration = fraction * texture, anatomy.concentration.get(name)
         for dose in ideal:
             ideal[dose] += amount * _tissue_signal(tissue, scenario, concentration, dose * uptake, r1=r1, b1=b1)
-    psf = rng.uniform(*PSF_VOXELS)
+    spread = _point_spread(rng, interpolated=0.0 if whole else INTERPOLATED)
     if whole:
-        ideal = {dose: ndimage.gaussian_filter(image, psf) for dose, image in ideal.items()}
+        ideal = {dose: ndimage.gaussian_filter(image, spread) for dose, image in ideal.items()}
     else:
-        window = _spectral_window(anatomy.brain.shape, psf, rng)
+        window = _spectral_window(anatomy.brain.shape, spread, rng)
         ideal = {dose: fft.irfftn(fft.rfftn(image) * window, image.shape) for dose, image in ideal.items()}
     level = float(np.quantile(ideal[0.0][anatomy.brain], 0.9)) if anatomy.brain.sum() > 100 else 1.0
     bias = np.exp(smooth_field(anatomy.brain.shape, 40, rng.uniform(0, 0.15), rng))  # of the receive coil
     ideal = {dose: (image * bias / level).astype(np.float32) for dose, image in ideal.items()}
     response = _uncertain(ideal[0.0], ideal[scenario.dose_fraction], ideal[1.0], scenario.dose_fraction, rng)
-    pre, low = _acquire(ideal[0.0], response, anatomy.brain, scenario, rng, whole=whole)
+    pre, low = _acquire(ideal[0.0], response, anatomy.brain, scenario, rng, spread=spread, whole=whole)
     kept = anatomy.brain if scenario.stripped else 1
     return Phantom(
         scenario,
@@ -455,7 +460,19 @@ def _transmit_field(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
     return np.clip(field * rng.uniform(0.9, 1.05), *B1_RANGE).astype(np.float32)
 
 
-def _spectral_window(shape: tuple[int, ...], psf_voxels: float, rng: np.random.Generator) -> Array:
+def _point_spread(rng: np.random.Generator, *, interpolated: float) -> Array:
+    """Standard deviation (3,) in voxels along k, j, i.
+
+    Scanners and software often interpolate one axis, mostly across the slices, to a finer grid than was measured: that
+    of a share `interpolated` of the studies.
+    """
+    spread = np.full(3, rng.uniform(*PSF_VOXELS))
+    if rng.uniform() < interpolated:
+        spread[rng.integers(3)] = rng.uniform(*INTERPOLATED_VOXELS)
+    return spread
+
+
+def _spectral_window(shape: tuple[int, ...], spread: Array, rng: np.random.Generator) -> Array:
     """What a scanner keeps of k-space, for `rfftn`: a soft window, and in half of the studies a hard end (Gibbs).
 
     The truth passes through the same window: it is what the same scan of the standard dose would show without noise.
@@ -464,8 +481,8 @@ def _spectral_window(shape: tuple[int, ...], psf_voxels: float, rng: np.random.G
     ends = rng.uniform(0.35, 0.5, 3) if rng.uniform() < 0.5 else whole_band
     axes = [fft.fftfreq(n) for n in shape[:2]] + [fft.rfftfreq(shape[2])]
     k, j, i = (
-        (np.exp(-2 * (np.pi * psf_voxels * f) ** 2) * (np.abs(f) <= end)).astype(np.float32)
-        for f, end in zip(axes, ends, strict=True)
+        (np.exp(-2 * (np.pi * width * f) ** 2) * (np.abs(f) <= end)).astype(np.float32)
+        for f, end, width in zip(axes, ends, spread, strict=True)
     )
     window: Array = k[:, None, None] * j[None, :, None] * i[None, None, :]
     return window
@@ -497,13 +514,15 @@ def _defaced(brain: Mask, rng: np.random.Generator) -> Mask:
 
 
 def _acquire(
-    pre: Array, low: Array, brain: Mask, scenario: Scenario, rng: np.random.Generator, *, whole: bool
+    pre: Array, low: Array, brain: Mask, scenario: Scenario, rng: np.random.Generator, *, spread: Array, whole: bool
 ) -> tuple[Array, Array]:
     """Gain, a residual misalignment of the low-dose image, and noise on both."""
     shape = pre.shape
     drift = np.exp(smooth_field(shape, 45, rng.uniform(0, 0.02), rng)) * rng.uniform(0.85, 1.2)
     g_map = np.clip(1 + smooth_field(shape, 30, rng.uniform(0, 0.25), rng), 0.6, 2.5)
-    blur = rng.uniform(0, 0.6)
+    blur = np.full(3, rng.uniform(0, 0.6))
+    if rng.uniform() < 0.6:  # noise was there when an axis was interpolated, and not added later
+        blur = np.where(spread > PSF_VOXELS[1], spread, blur)
     if scenario.stripped:
         pre, low = pre * brain, _cut_elsewhere(low, brain, rng)
     moved = _misalign(low, scenario, rng)

@@ -182,15 +182,15 @@ def _spline_matrix(size: int, knots: int, scale_voxels: float) -> Array:
     return np.where(x < 1, near, far).astype(np.float32)
 
 
-def correlated_noise(shape: tuple[int, ...], sigma: float, blur_voxels: float, rng: np.random.Generator) -> Array:
-    """Gaussian noise of standard deviation `sigma`, blurred and brought back to it, under a smooth g-factor map."""
+def correlated_noise(shape: tuple[int, ...], sigma: float, blur_voxels: Array, rng: np.random.Generator) -> Array:
+    """Gaussian noise of standard deviation `sigma`, blurred along k, j, i (3,) and brought back to it."""
     noise = rng.standard_normal(shape, dtype=np.float32)
-    if blur_voxels > 0.2:
+    if max(blur_voxels) > 0.2:
         noise = ndimage.gaussian_filter(noise, blur_voxels)
     return (noise * (sigma / max(float(noise.std()), 1e-9))).astype(np.float32)
 
 
-def magnitude(ideal: Array, sigma: float, blur_voxels: float, g_map: Array, rng: np.random.Generator) -> Array:
+def magnitude(ideal: Array, sigma: float, blur_voxels: Array, g_map: Array, rng: np.random.Generator) -> Array:
     """Rician image: magnitude of the ideal image plus complex noise, both channels drawn independently."""
     real = ideal + g_map * correlated_noise(ideal.shape, sigma, blur_voxels, rng)
     imaginary = g_map * correlated_noise(ideal.shape, sigma, blur_voxels, rng)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing as mp
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -105,7 +105,7 @@ def quiet_brain(truth: Array, brain: Mask, spacing_mm: tuple[float, float, float
     return mask
 
 
-def stream(first_seed: int, workers: int) -> Iterator[Sample]:
+def stream(first_seed: int, workers: int) -> Generator[Sample, None, None]:
     """Samples of ascending seeds, simulated in other processes; the order does not depend on their speed."""
     seeds = itertools.count(first_seed)
     pool = ProcessPoolExecutor(workers, mp_context=mp.get_context("spawn"))

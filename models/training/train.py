@@ -11,7 +11,9 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from torch.nn import functional
 
 from models.training.network import STRIDE, VARIANTS, Network
 from models.training.patches import Held, draw_batch
-from models.training.samples import Block, make_sample, stream
+from models.training.samples import Block, stream
 from models.training.site import SiteData, cut, padded
 
 FALSE_FIRST, FALSE_WEIGHT = 10.0, 40.0  # weight of false enhancement: at first and in full
@@ -58,17 +60,17 @@ PRESETS = {
     "small-cpu": Config(),
     "small-gpu": Config(steps=15100, batch=16, patch=48, keep=1000, refresh=14, validation=16),
     "small-tune": Config(  # goes on from the averaged weights of another run
-        steps=280,
+        steps=500,
         batch=12,
         patch=48,
-        rate=3e-4,
+        rate=4e-4,
         warm_up=50,
         false_full_at=0,
         fill=200,
         keep=400,
         refresh=8,
         ema=0.99,
-        seed=4,
+        seed=6,
     ),
     "base-gpu": Config(variant="base", steps=40000, batch=16, patch=64, keep=800, refresh=1, validation=24),
 }
@@ -126,7 +128,8 @@ def train(
     else:
         fresh = stream(TRAIN_SEED * config.seed + 10 * run.step, workers)
         held = [run.hold(next(fresh)) for _ in range(min(config.fill, config.keep))]
-        validation = [s for s in (make_sample(VALIDATION_SEED + n) for n in range(config.validation)) if s]
+        with closing(stream(VALIDATION_SEED, workers)) as judged:
+            validation = list(islice(judged, config.validation))
     began, losses = time.monotonic(), []
     while run.step < config.steps:
         if fresh and run.step % config.refresh == 0:
@@ -143,7 +146,7 @@ def train(
             report(" ".join(f"{name} {value:.4g}" for name, value in row.items()))
             losses = []
     if fresh:
-        fresh.close()  # type: ignore[attr-defined]
+        fresh.close()
     return out / "checkpoint.pt"
 
 
