@@ -28,9 +28,10 @@ HALO = {"small": 52, "base": 56}
 TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3}  # largest difference from torch in fp32; white matter = 1
 SIMULATED = "simulated: ICBM 152 tissue maps, random anatomy, lesions and acquisition (models/training)"
 UNPROVEN = (
-    "no clinical validation: trained on simulated studies, tested on those and on one real pair of simulated dose"
+    "no clinical validation: trained on simulated studies, tested on those and on one real pair of simulated dose",
+    "the one real pair of its tables showed what simulated heads lacked (ADR 14): no independent evidence",
 )
-UNPROVEN_SITE = "no clinical validation: trained on one site's own studies, not tested on any other site's"
+UNPROVEN_SITE = ("no clinical validation: trained on one site's own studies, not tested on any other site's",)
 LIMITS = (
     "lesions below 3 mm are often missed or blurred at doses of a third and less; that limit is physics",
     "weak enhancement, also of a large lesion, can be missing at a third of the dose and less",
@@ -228,7 +229,7 @@ def _card(model_id: str, preset: str, config: dict[str, object], written: dict[s
         "gate_offset": config["gate_offset"],
         "halo_voxels": HALO[str(config["variant"])],
         "stride": STRIDE,
-        "limits": [*LIMITS, UNPROVEN_SITE if own else UNPROVEN],
+        "limits": [*LIMITS, *(UNPROVEN_SITE if own else UNPROVEN)],
     }
     if "fp16" in written:
         values |= {"sha256_fp16": written["fp16"].sha256, "parity_fp16": _two_digits(written["fp16"].parity)}
