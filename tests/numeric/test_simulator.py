@@ -293,7 +293,8 @@ def test_enhancement_in_sulci_and_at_the_border_is_not_taken_for_motion(
     for seed in range(2, 8):
         phantom = make_phantom(seed, shape=(56, 70, 60), scenario=scenario, whole=True)
         read.append(compare(phantom.pre, phantom.low, phantom.brain, scenario.spacing_mm).motion_mm(phantom.brain))
-    assert np.median(read) < 0.35  # single heads of such voxels read up to half a millimetre
+    assert np.median(read) < 0.35
+    assert max(read) < 0.5
 
 
 def test_noise_is_interpolated_without_moving_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
