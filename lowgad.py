@@ -277,7 +277,17 @@ def demo(out: Path) -> None:
     "--data", type=STUDY, help="Studies of your own, each with pre/, low/ and standard/, instead of simulated ones"
 )
 @click.option("--start", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Checkpoint to fine-tune")
-def train(preset: str, steps: int | None, out: Path, workers: int, *, data: Path | None, start: Path | None) -> None:
+@click.option("--unconditioned", is_flag=True, help="Tell it nothing of a header: a baseline")
+def train(
+    preset: str,
+    steps: int | None,
+    out: Path,
+    workers: int,
+    *,
+    data: Path | None,
+    start: Path | None,
+    unconditioned: bool,
+) -> None:
     """Train a network on simulated studies, or on your own (needs the extra `train`)."""
     from dataclasses import replace
 
@@ -289,7 +299,7 @@ def train(preset: str, steps: int | None, out: Path, workers: int, *, data: Path
 
     if preset not in PRESETS:
         raise click.BadParameter(f"known presets: {', '.join(PRESETS)}", param_hint="--preset")
-    config = replace(PRESETS[preset], steps=steps) if steps else PRESETS[preset]
+    config = replace(PRESETS[preset], steps=steps or PRESETS[preset].steps, conditioned=not unconditioned)
     try:
         source = hold_out(read_triplets(data, click.echo).blocks, config.seed) if data else None
         run_training(config, out, workers=workers, report=click.echo, source=source, start=start)

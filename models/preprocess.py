@@ -28,8 +28,11 @@ SUPPORT_MM = 12.0  # signal is predicted up to here outside the brain (meninges,
 SCALE_QUANTILE = 0.95  # of the pre-contrast brain: about white matter
 FIELD_SIGMA_MM = 20.0
 NOISE_SIGMA_MM = 8.0
-MOTION_SIGMA_MM, MOTION_LIMIT_MM = 9.0, 1.5  # scale on which residual motion is measured; the most undone, per axis
-_MOTION_ROUNDS, _MOTION_SETTLED_MM = 5, 0.15  # at most; done when a round moves 95 % of the brain by less
+MOTION_SIGMAS_MM = ((30.0, np.inf), (9.0, np.inf), (5.0, 2.0))  # scales of residual motion, up to which voxel side
+MOTION_LIMIT_MM = 1.5  # the most that is undone, per axis
+MOTION_BLUR_MM = 0.7  # of the images in which it is measured
+DARKENING_MM = 0.3  # a shift by so much may darken a voxel that its motion is measured in
+_MOTION_ROUNDS, _MOTION_SETTLED_MM = 3, 0.05  # at most at each scale; done when a round moves 95 % of the brain by less
 GAIN_LIMITS = (0.85, 1.15)
 _TRIM = 2.5  # in robust standard deviations
 _TRUNCATED_STD = 0.88  # std of a unit normal truncated at +-2
@@ -231,16 +234,22 @@ def compare(pre: Array, low: Array, brain: Mask, spacing_mm: tuple[float, float,
 def _residual_motion(low: Array, pre: Array, brain: Mask, spacing_mm: tuple[float, float, float]) -> Array:
     """Displacement (3, k, j, i), mm along k, j, i, that the rigid registration left: low(x - u) lies on pre(x).
 
-    Rounds of Lucas and Kanade (1981), each on what the rounds before left.
+    Coarse to fine, where the image does not tell the finer motion that of the coarser scale holds; at each scale rounds
+    of Lucas and Kanade (1981) on what is left.
     """
+    slope = _slopes(_soft(pre, spacing_mm), spacing_mm)
     displacement = np.zeros((3, *pre.shape), np.float32)
     moved = low
-    for _ in range(_MOTION_ROUNDS):
-        step = _motion(moved - pre, pre, brain, spacing_mm)
-        displacement = np.clip(displacement + step, -MOTION_LIMIT_MM, MOTION_LIMIT_MM)
-        if np.quantile((step**2).sum(axis=0)[brain], 0.95) < _MOTION_SETTLED_MM**2:
-            break
-        moved = _displaced(low, displacement, spacing_mm)
+    for sigma_mm in (sigma for sigma, side in MOTION_SIGMAS_MM if max(spacing_mm) <= side):
+        coarser = displacement
+        for _ in range(_MOTION_ROUNDS):
+            known = displacement - coarser
+            rest = _soft(moved - pre, spacing_mm)
+            finer = _motion(rest, slope, known, brain, spacing_mm, sigma_mm=sigma_mm)
+            before, displacement = displacement, np.clip(coarser + finer, -MOTION_LIMIT_MM, MOTION_LIMIT_MM)
+            moved = _displaced(low, displacement, spacing_mm)
+            if np.quantile(((displacement - before) ** 2).sum(axis=0)[brain], 0.95) < _MOTION_SETTLED_MM**2:
+                break
     return displacement
 
 
@@ -255,38 +264,54 @@ def _displaced(image: Array, displacement: Array, spacing_mm: tuple[float, float
     return np.clip(moved, image.min(), image.max())
 
 
-def _motion(raw: Array, pre: Array, brain: Mask, spacing_mm: tuple[float, float, float]) -> Array:
-    """The shift (3, k, j, i), mm, that explains a subtraction to first order: u . grad pre, with u smooth.
+def _soft(image: Array, spacing_mm: tuple[float, float, float]) -> Array:
+    """What motion is measured in."""
+    soft: Array = ndimage.gaussian_filter(image, [MOTION_BLUR_MM / s for s in spacing_mm[::-1]])
+    return soft
 
-    Weighted least squares around every voxel over brain that does not enhance: within 3 robust standard deviations and
-    not beside what is brighter, because what enhances in a sulcus or at a border has its flanks on slopes. Drawn to 0
-    where the slopes of `pre` are no steeper than those of the noise. An axis of one voxel does not move.
+
+def _slopes(image: Array, spacing_mm: tuple[float, float, float]) -> Array:
+    """Gradient (3, k, j, i), 1/mm along k, j, i; 0 along an axis of one voxel."""
+    slopes = np.zeros((3, *image.shape), np.float32)
+    for axis, (size, count) in enumerate(zip(spacing_mm[::-1], image.shape, strict=True)):
+        if count > 1:
+            slopes[axis] = np.gradient(image, size, axis=axis)
+    return slopes
+
+
+def _motion(
+    rest: Array,
+    slope: Array,
+    known: Array,
+    brain: Mask,
+    spacing_mm: tuple[float, float, float],
+    *,
+    sigma_mm: float,
+) -> Array:
+    """The shift u (3, k, j, i), mm, of which a subtraction shows what is not yet known: rest = slope . (u - known).
+
+    Weighted least squares around every voxel (Gaussian of `sigma_mm`) over brain that does not enhance: within 3 robust
+    standard deviations, darker only if a small shift could not explain it, and not beside what is brighter, because
+    what enhances in a sulcus or at a border has its flanks on slopes; nor at the brain's border, where a stripped image
+    was cut. Drawn to 0 where the slopes are no steeper than those of the noise.
     """
-    sizes = spacing_mm[::-1]
-    blur = [0.7 / s for s in sizes]
-    soft = ndimage.gaussian_filter(pre, blur)
-    axes = [axis for axis in range(3) if pre.shape[axis] > 1]
-    slope = [np.gradient(soft, sizes[axis], axis=axis).astype(np.float32) for axis in axes]
-    smooth = ndimage.gaussian_filter(raw, blur)
-    centre = np.median(smooth[brain])
-    spread = 1.4826 * np.median(np.abs(smooth[brain] - centre)) + 1e-6
-    enhancing = ndimage.binary_dilation(brain & (smooth - centre > 3 * spread))
-    plain = (brain & ~enhancing & (smooth - centre > -3 * spread)).astype(np.float32)
-    count = len(slope)
-    pairs = [(a, b) for a in range(count) for b in range(a, count)]
-    products = [plain * slope[a] * slope[b] for a, b in pairs] + [plain * slope[a] * smooth for a in range(count)]
-    means, blocks = _block_means(products, spacing_mm, MOTION_SIGMA_MM)
-    normal = np.empty((*means[0].shape, count, count), np.float32)
+    above = rest - np.median(rest[brain])
+    spread = 1.4826 * np.median(np.abs(above[brain])) + 1e-6
+    enhancing = ndimage.binary_dilation(brain & (above > 3 * spread))
+    darkest = -3 * spread - DARKENING_MM * np.sqrt((slope**2).sum(axis=0))
+    plain = (ndimage.binary_erosion(brain, border_value=1) & ~enhancing & (above > darkest)).astype(np.float32)
+    explained = rest + (slope * known).sum(axis=0)
+    pairs = [(a, b) for a in range(3) for b in range(a, 3)]
+    products = [plain * slope[a] * slope[b] for a, b in pairs] + [plain * slope[a] * explained for a in range(3)]
+    means, blocks = _block_means(products, spacing_mm, sigma_mm)
+    normal = np.empty((*means[0].shape, 3, 3), np.float32)
     for (a, b), mean in zip(pairs, means, strict=False):
         normal[..., a, b] = normal[..., b, a] = mean
-    noise = sum(np.mean(np.gradient(smooth, sizes[axis], axis=axis)[plain > 0] ** 2) for axis in axes) / count
+    noise = np.mean(_slopes(rest, spacing_mm)[:, plain > 0] ** 2) if plain.any() else 0.0
     ridge = 0.02 * float(np.mean(np.trace(normal, axis1=-2, axis2=-1))) + float(noise) + 1e-6
     right = np.stack(means[len(pairs) :], axis=-1)[..., None]
-    shift = np.linalg.solve(normal + ridge * np.eye(count, dtype=np.float32), right)[..., 0]
-    out = np.zeros((3, *raw.shape), np.float32)
-    for n, axis in enumerate(axes):
-        out[axis] = _expand(shift[..., n], blocks, raw.shape)
-    return out
+    shift = np.linalg.solve(normal + ridge * np.eye(3, dtype=np.float32), right)[..., 0]
+    return np.stack([_expand(shift[..., axis], blocks, rest.shape) for axis in range(3)])
 
 
 def _noise_left(subtraction: Array, brain: Mask) -> tuple[float, float, float]:

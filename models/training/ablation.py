@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from models.agents import AGENTS
-from models.condition import NAMES, SEQUENCE_NAMES, TIMING_NAMES, Conditions, vector
+from models.condition import MEASURED, NAMES, SEQUENCE_NAMES, TIMING_NAMES, Conditions, vector
 from models.training.samples import Sample
 from models.volume import Array
 
@@ -36,7 +36,7 @@ def ablations(samples: Sequence[Sample]) -> Iterator[tuple[str, list[Sample]]]:
     for name, members in [*GROUPS.items(), ("all conditions", NAMES)]:
         yield f"{name} shuffled", _shuffled(samples, members)
     for name, members in [*GROUPS.items(), ("all conditions", NAMES)]:
-        if name not in ("noise", "spacing"):  # measured: never unknown, and 0 would mean another value
+        if not {*members} <= {*MEASURED}:  # measured: never unknown, and 0 would mean another value
             yield f"{name} unknown", _unknown(samples, members)
     keep = np.array([0, 1, 1], np.float16)[:, None, None, None]
     yield "subtraction removed", [replace(sample, images=sample.images * keep) for sample in samples]
@@ -51,8 +51,7 @@ def _shuffled(samples: Sequence[Sample], members: Sequence[str]) -> list[Sample]
 
 
 def _unknown(samples: Sequence[Sample], members: Sequence[str]) -> list[Sample]:
-    measured = {*GROUPS["noise"], *GROUPS["spacing"]}
-    at = [NAMES.index(name) for name in members if name not in measured]
+    at = [NAMES.index(name) for name in members if name not in MEASURED]
     return [_with(sample, at, np.zeros(len(at), np.float32)) for sample in samples]
 
 

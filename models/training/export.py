@@ -47,7 +47,7 @@ def load_network(checkpoint: Path) -> tuple[Network, dict[str, object]]:
     """The averaged network of a checkpoint, in evaluation mode, and the configuration of its run."""
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
     config = {**saved["config"], "steps": saved["step"]}
-    network = Network(VARIANTS[str(config["variant"])])
+    network = Network(VARIANTS[str(config["variant"])], conditioned=bool(config.get("conditioned", True)))
     network.load_state_dict(saved["average"])
     return network.eval(), config
 

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.condition import DOSE_INDEX, DOSE_KNOWN_INDEX, HEADROOM, LOG_SIGMA, NAMES, UNKNOWN_DOSE_FRACTION
+from models.condition import (
+    DOSE_INDEX,
+    DOSE_KNOWN_INDEX,
+    HEADROOM,
+    LOG_SIGMA,
+    MEASURED,
+    NAMES,
+    UNKNOWN_DOSE_FRACTION,
+)
 
 CLEAR = 3.0  # signal-to-noise ratio, after smoothing, at which an untrained network opens its gate by half
 NOISE_LEFT = slice(NAMES.index("log_noise_left_1"), NAMES.index("log_noise_left_3") + 1)
@@ -57,8 +65,9 @@ class Block(nn.Module):
 class Network(nn.Module):
     """Contrast signal from the subtraction image, the pre-contrast image, local noise and the acquisition."""
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, *, conditioned: bool = True) -> None:
         super().__init__()
+        self.conditioned = conditioned  # if not, the graph forgets all that a header says: a baseline
         self.gate_offset = NO_OFFSET  # the operating point: how much stricter the gate is than it was trained
         a, b, c = architecture.widths
         e = architecture.embedding
@@ -72,6 +81,9 @@ class Network(nn.Module):
         for start in self.head.parameters():  # and the network as a smoothed, gated linear amplification
             nn.init.zeros_(start)
         self.mix: Tensor
+        self.measured: Tensor
+        measured = torch.tensor([float(name in MEASURED) for name in NAMES])
+        self.register_buffer("measured", measured, persistent=False)
         self.register_buffer("mix", torch.tensor([1.0, 2.0, 0.0, -2.0]).reshape(1, 4, 1, 1, 1), persistent=False)
         kernel = torch.tensor([0.25, 0.5, 0.25])
         self.register_buffer(
@@ -97,6 +109,8 @@ class Network(nn.Module):
 
     def unbounded(self, images: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """The prediction before the bound, and the bound; both (n, 1, k, j, i) and non-negative."""
+        if not self.conditioned:
+            condition = condition * self.measured
         dose = dose_fraction(condition)[:, None, None, None, None]
         z, pre, noise = images[:, 0:1], images[:, 1:2], images[:, 2:3]
         once = self._blur(z, 1)

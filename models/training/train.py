@@ -38,6 +38,7 @@ class Config:
     """What a run depends on."""
 
     variant: str = "small"
+    conditioned: bool = True  # else nothing that a header says reaches the network: the baseline of conditioning
     steps: int = 7000
     batch: int = 2
     patch: int = 40
@@ -153,6 +154,8 @@ def train(
 def _stated(config: Config, source: SiteData | None, start: Path | None) -> Config:
     """The configuration with what the network learned from, first to last."""
     data, digest = source.summary if source else "simulated", ""
+    if not config.conditioned:
+        data += ", nothing of a header told"
     if start:
         saved = torch.load(start, map_location="cpu", weights_only=True)
         earlier = saved["config"]
@@ -167,7 +170,7 @@ def _start(config: Config, out: Path, start: Path | None) -> _Run:
     torch.manual_seed(config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True  # all patches of a run are of one size
-    network, average = (Network(VARIANTS[config.variant]).to(device) for _ in range(2))
+    network, average = (Network(VARIANTS[config.variant], conditioned=config.conditioned).to(device) for _ in range(2))
     network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     average.load_state_dict(network.state_dict())
     run = _Run(network, average, torch.optim.AdamW(network.parameters(), lr=config.rate, weight_decay=1e-4), device)

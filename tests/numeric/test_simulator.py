@@ -283,6 +283,30 @@ def test_residual_motion_is_undone_and_a_lesion_keeps_its_enhancement_and_its_pl
     assert off < 0.5 * was_off
 
 
+@pytest.mark.parametrize("contrast", [0.6, -0.6], ids=["haemorrhage", "cyst"])
+@pytest.mark.parametrize("shift_mm", [0.15, 0.5])
+def test_the_border_of_what_is_bright_or_dark_by_itself_does_not_enhance_when_the_head_moved(
+    contrast: float, shift_mm: float
+) -> None:
+    rng = np.random.default_rng(0)
+    at = np.indices((64, 64, 64)) - 31.5
+    distance = np.sqrt((at**2).sum(axis=0))
+
+    def image(moved_mm: float) -> Array:
+        from_centre = np.sqrt(at[0] ** 2 + (at[1] - moved_mm) ** 2 + at[2] ** 2)
+        ball = 1 + contrast * np.clip(0.5 + (8 - from_centre) / 1.5, 0, 1)
+        return (ball + rng.normal(0, 0.006, ball.shape)).astype(np.float32)
+
+    pre, low, brain = image(0.0), image(shift_mm), distance < 28
+    seen = compare(pre, low, brain, (1.0, 1.0, 1.0))
+    border, even = np.abs(distance - 8) < 1.5, brain & (distance > 18)
+    before = seen.gain * seen.gain_field * low - pre
+    left, was = (np.mean(ndimage.gaussian_filter(x, 0.7)[border] ** 2) for x in (seen.subtraction, before))
+    assert left < 0.05 * was
+    assert seen.displacement[1][border].mean() == pytest.approx(-shift_mm, rel=0.1)
+    assert seen.displacement[1][even].mean() == pytest.approx(-shift_mm, rel=0.2)  # told by the border alone
+
+
 @pytest.mark.parametrize("stripped", [True, False], ids=["stripped", "full head"])
 def test_enhancement_in_sulci_and_at_the_border_is_not_taken_for_motion(
     stripped: bool, monkeypatch: pytest.MonkeyPatch

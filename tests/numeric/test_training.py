@@ -15,7 +15,7 @@ import torch
 from scipy import ndimage
 
 from models.card import ModelError, read_card
-from models.condition import LOG_SIGMA, NAMES, SEQUENCE_NAMES
+from models.condition import LOG_SIGMA, MEASURED, NAMES, SEQUENCE_NAMES
 from models.quality import LIMITS, Figure
 from models.runtime import NetworkEngine, upper_bound
 from models.training import evaluate, phantom
@@ -73,7 +73,27 @@ def test_an_exported_network_agrees_with_torch_on_a_size_it_was_not_traced_with(
     assert np.abs(engine.run(images, condition) - expected).max() < 1e-4
 
 
-def random_checkpoint(path: Path, spread: float = 1.0, **config: str) -> Path:
+def test_a_network_without_conditions_forgets_the_header_but_not_what_is_measured(tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(tmp_path / "checkpoint.pt", conditioned=False)
+    export(checkpoint, tmp_path, model_id="blind", preset="none")
+    engine = NetworkEngine(tmp_path)
+    rng = np.random.default_rng(0)
+    images = rng.normal(0.1, 0.3, (3, 12, 16, 16)).astype(np.float32)
+    told = rng.normal(0, 0.5, len(NAMES)).astype(np.float32)
+    untold = np.where([name in MEASURED for name in NAMES], told, 0).astype(np.float32)
+    noisier = np.where([name == "log_sigma" for name in NAMES], told + 1, told).astype(np.float32)
+    assert np.array_equal(engine.run(images, told), engine.run(images, untold))
+    assert not np.array_equal(engine.run(images, told), engine.run(images, noisier))
+
+
+def test_a_run_without_conditions_says_so(tmp_path: Path) -> None:
+    train(replace(TINY, steps=1, conditioned=False), tmp_path, report=lambda _: None)
+    network, config = load_network(tmp_path / "checkpoint.pt")
+    assert not network.conditioned
+    assert config["data"] == "simulated, nothing of a header told"
+
+
+def random_checkpoint(path: Path, spread: float = 1.0, **config: str | bool) -> Path:
     """A checkpoint of a network that does something everywhere, without training it."""
     torch.manual_seed(0)
     network = Network(VARIANTS["small"])
