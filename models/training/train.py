@@ -61,7 +61,7 @@ PRESETS = {
     "small-cpu": Config(),
     "small-gpu": Config(steps=15100, batch=16, patch=48, keep=1000, refresh=14, validation=16),
     "small-tune": Config(  # goes on from the averaged weights of another run
-        steps=500,
+        steps=240,
         batch=12,
         patch=48,
         rate=4e-4,
@@ -71,7 +71,7 @@ PRESETS = {
         keep=400,
         refresh=8,
         ema=0.99,
-        seed=6,
+        seed=8,
     ),
     "base-gpu": Config(variant="base", steps=40000, batch=16, patch=64, keep=800, refresh=1, validation=24),
 }
