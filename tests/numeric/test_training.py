@@ -51,7 +51,8 @@ def test_the_weights_to_start_from_fit_the_network_and_tell_where_they_come_from
     with as_file(start) as path:
         train(replace(TINY, steps=1), tmp_path, report=lambda _: None, start=path)
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    earlier = "".join(f"simulated, started from {steps} steps on: " for steps in (240, 500, 300, 280, 500, 440, 200, 15100))
+    stages = (240, 500, 300, 280, 500, 440, 200, 15100)
+    earlier = "".join(f"simulated, started from {steps} steps on: " for steps in stages)
     assert saved["config"]["data"] == f"{earlier}simulated"
     assert all(weights.dtype is torch.float32 for weights in saved["average"].values())
 
