@@ -277,7 +277,7 @@ def demo(out: Path) -> None:
     "--data", type=STUDY, help="Studies of your own, each with pre/, low/ and standard/, instead of simulated ones"
 )
 @click.option("--start", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Checkpoint to fine-tune")
-@click.option("--unconditioned", is_flag=True, help="Tell it nothing of a header: a baseline")
+@click.option("--unconditioned", is_flag=True, help="Tell it nothing of the acquisition: a baseline")
 def train(
     preset: str,
     steps: int | None,

@@ -31,7 +31,9 @@ NAMES = (
     "log_inversion_time", "inversion_time_known",
     "log_flip_angle", "flip_angle_known",
 )  # fmt: skip
-MEASURED = tuple(name for name in NAMES if name.startswith(("log_sigma", "log_noise_left", "log_spacing")))
+MEASURED = tuple(  # from the images and their grid, and never unknown
+    name for name in NAMES if name.startswith(("log_sigma", "log_noise_left", "log_spacing"))
+)
 SEQUENCE_NAMES = tuple(name for name in NAMES if name.startswith("sequence_"))
 TIMING_NAMES = NAMES[NAMES.index("log_repetition_time") :]
 LOG_SIGMA = NAMES.index("log_sigma")

@@ -28,10 +28,10 @@ SUPPORT_MM = 12.0  # signal is predicted up to here outside the brain (meninges,
 SCALE_QUANTILE = 0.95  # of the pre-contrast brain: about white matter
 FIELD_SIGMA_MM = 20.0
 NOISE_SIGMA_MM = 8.0
-MOTION_SIGMAS_MM = ((30.0, np.inf), (9.0, np.inf), (5.0, 2.0))  # scales of residual motion, up to which voxel side
-MOTION_LIMIT_MM = 1.5  # the most that is undone, per axis
-MOTION_BLUR_MM = 0.7  # of the images in which it is measured
-DARKENING_MM = 0.3  # a shift by so much may darken a voxel that its motion is measured in
+MOTION_LIMIT_MM = 1.5  # the most residual motion that is undone, per axis
+_MOTION_SCALES_MM = ((30.0, np.inf), (9.0, np.inf), (5.0, 2.0))  # Gaussian, and the largest voxel side that takes it
+_MOTION_BLUR_MM = 0.7  # of the images in which it is measured
+_DARKENING_MM = 0.3  # a voxel may be darker by what so much motion explains
 _MOTION_ROUNDS, _MOTION_SETTLED_MM = 3, 0.05  # at most at each scale; done when a round moves 95 % of the brain by less
 GAIN_LIMITS = (0.85, 1.15)
 _TRIM = 2.5  # in robust standard deviations
@@ -224,23 +224,26 @@ def compare(pre: Array, low: Array, brain: Mask, spacing_mm: tuple[float, float,
         plain = _plain(gain * field * low - pre, brain)
         field = _gain_field(pre, gain * low, plain, spacing_mm)
     corrected = (gain * field * low).astype(np.float32)
-    displacement = _residual_motion(corrected, pre, brain, spacing_mm)
-    subtraction = _displaced(corrected, displacement, spacing_mm) - pre
+    displacement, moved = _residual_motion(corrected, pre, brain, spacing_mm)
+    subtraction = moved - pre
     sigma = _high_pass_noise(subtraction, brain)
     noise = _local_noise(subtraction, brain, spacing_mm)
     return Comparison(subtraction, gain, field, sigma, noise, _noise_left(subtraction, brain), displacement)
 
 
-def _residual_motion(low: Array, pre: Array, brain: Mask, spacing_mm: tuple[float, float, float]) -> Array:
-    """Displacement (3, k, j, i), mm along k, j, i, that the rigid registration left: low(x - u) lies on pre(x).
+def _residual_motion(
+    low: Array, pre: Array, brain: Mask, spacing_mm: tuple[float, float, float]
+) -> tuple[Array, Array]:
+    """Displacement u (3, k, j, i), mm along k, j, i, that the rigid registration left, and low(x - u), on `pre`.
 
-    Coarse to fine, where the image does not tell the finer motion that of the coarser scale holds; at each scale rounds
-    of Lucas and Kanade (1981) on what is left.
+    Coarse to fine: where the image does not tell the finer motion, that of the coarser scale holds. At each scale
+    rounds of Lucas and Kanade (1981) on what is left.
     """
     slope = _slopes(_soft(pre, spacing_mm), spacing_mm)
     displacement = np.zeros((3, *pre.shape), np.float32)
     moved = low
-    for sigma_mm in (sigma for sigma, side in MOTION_SIGMAS_MM if max(spacing_mm) <= side):
+    rounded = round(max(spacing_mm), 3)  # direction cosines in headers have few digits
+    for sigma_mm in (sigma for sigma, side in _MOTION_SCALES_MM if rounded <= side):
         coarser = displacement
         for _ in range(_MOTION_ROUNDS):
             known = displacement - coarser
@@ -250,7 +253,7 @@ def _residual_motion(low: Array, pre: Array, brain: Mask, spacing_mm: tuple[floa
             moved = _displaced(low, displacement, spacing_mm)
             if np.quantile(((displacement - before) ** 2).sum(axis=0)[brain], 0.95) < _MOTION_SETTLED_MM**2:
                 break
-    return displacement
+    return displacement, moved
 
 
 def _displaced(image: Array, displacement: Array, spacing_mm: tuple[float, float, float]) -> Array:
@@ -265,8 +268,8 @@ def _displaced(image: Array, displacement: Array, spacing_mm: tuple[float, float
 
 
 def _soft(image: Array, spacing_mm: tuple[float, float, float]) -> Array:
-    """What motion is measured in."""
-    soft: Array = ndimage.gaussian_filter(image, [MOTION_BLUR_MM / s for s in spacing_mm[::-1]])
+    """The image smoothed by 0.7 mm, in which motion is measured."""
+    soft: Array = ndimage.gaussian_filter(image, [_MOTION_BLUR_MM / s for s in spacing_mm[::-1]])
     return soft
 
 
@@ -288,17 +291,18 @@ def _motion(
     *,
     sigma_mm: float,
 ) -> Array:
-    """The shift u (3, k, j, i), mm, of which a subtraction shows what is not yet known: rest = slope . (u - known).
+    """The shift u (3, k, j, i) of which a subtraction shows what is not yet known: rest = slope . (u - known).
 
-    Weighted least squares around every voxel (Gaussian of `sigma_mm`) over brain that does not enhance: within 3 robust
-    standard deviations, darker only if a small shift could not explain it, and not beside what is brighter, because
-    what enhances in a sulcus or at a border has its flanks on slopes; nor at the brain's border, where a stripped image
-    was cut. Drawn to 0 where the slopes are no steeper than those of the noise.
+    Both are in mm and beyond the motion of the coarser scale. Weighted least squares around every voxel (Gaussian of
+    `sigma_mm`) over brain that does not enhance: within 3 robust standard deviations, darker by no more than a small
+    shift explains, and not beside what is brighter, because what enhances in a sulcus or at a border has its flanks on
+    slopes; nor at the brain's border, where a stripped image was cut. Drawn to 0, the coarser scale's motion, where the
+    slopes are no steeper than those of the noise.
     """
     above = rest - np.median(rest[brain])
     spread = 1.4826 * np.median(np.abs(above[brain])) + 1e-6
     enhancing = ndimage.binary_dilation(brain & (above > 3 * spread))
-    darkest = -3 * spread - DARKENING_MM * np.sqrt((slope**2).sum(axis=0))
+    darkest = -3 * spread - _DARKENING_MM * np.sqrt((slope**2).sum(axis=0))
     plain = (ndimage.binary_erosion(brain, border_value=1) & ~enhancing & (above > darkest)).astype(np.float32)
     explained = rest + (slope * known).sum(axis=0)
     pairs = [(a, b) for a in range(3) for b in range(a, 3)]
@@ -307,7 +311,8 @@ def _motion(
     normal = np.empty((*means[0].shape, 3, 3), np.float32)
     for (a, b), mean in zip(pairs, means, strict=False):
         normal[..., a, b] = normal[..., b, a] = mean
-    noise = np.mean(_slopes(rest, spacing_mm)[:, plain > 0] ** 2) if plain.any() else 0.0
+    moving = [axis for axis in range(3) if rest.shape[axis] > 1]
+    noise = np.mean(_slopes(rest, spacing_mm)[moving][:, plain > 0] ** 2) if plain.any() else 0.0
     ridge = 0.02 * float(np.mean(np.trace(normal, axis1=-2, axis2=-1))) + float(noise) + 1e-6
     right = np.stack(means[len(pairs) :], axis=-1)[..., None]
     shift = np.linalg.solve(normal + ridge * np.eye(3, dtype=np.float32), right)[..., 0]

@@ -321,14 +321,16 @@ def _example(sample: Sample, engine: NetworkEngine) -> dict[str, Array]:
 def render(card: Card, tables: Mapping[str, Sequence[Row]], studies: int, refused: int) -> str:
     """CARD.md."""
     offset, per_log_noise, most = card.gate_offset
+    slope = (
+        f" at a noise of 0.03, {per_log_noise:+g} for each factor e of it, at most {most:g}" if per_log_noise else ""
+    )
     head = (
         f"# {card.id}\n\n"
         f"**{card.intended_use}.**\n\n"
         f"Predicts the contrast signal of the standard dose from a pre-contrast and a low-dose T1 volume.\n\n"
         f"| | |\n| --- | --- |\n| variant | {card.variant} |\n| training data | {card.training_data} |\n"
         f"| training | preset {card.preset}, {card.steps} steps, seed {card.seed} |\n"
-        f"| operating point | gate offset {offset:g} at a noise of 0.03, {per_log_noise:+g} for each factor e of it, "
-        f"at most {most:g}; chosen on validation studies |\n"
+        f"| operating point | gate offset {offset:g}{slope}; chosen on validation studies |\n"
         f"| ONNX opset | {card.opset} |\n| contract | {card.contract} |\n"
         f"| SHA-256 of model.onnx | `{card.sha256}` |\n\n"
     )

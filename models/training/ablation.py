@@ -102,5 +102,5 @@ def variance_shares(grid: Sequence[Conditions], embedded: Array) -> dict[str, fl
         keys = [getattr(one, name) for one in grid]
         keys = [round(key, 4) if isinstance(key, float) else key for key in keys]
         means = np.stack([embedded[[k == key for k in keys]].mean(axis=0) for key in keys])
-        shares[name] = float(means.var(axis=0).sum()) / total
+        shares[name] = float(means.var(axis=0).sum()) / total if total > 1e-9 else 0.0
     return shares

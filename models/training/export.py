@@ -49,6 +49,7 @@ def load_network(checkpoint: Path) -> tuple[Network, dict[str, object]]:
     config = {**saved["config"], "steps": saved["step"]}
     network = Network(VARIANTS[str(config["variant"])], conditioned=bool(config.get("conditioned", True)))
     network.load_state_dict(saved["average"])
+    network.state_dict()["embed.0.weight"].mul_(network.kept)  # what is never told has no weight
     return network.eval(), config
 
 

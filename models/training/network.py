@@ -67,7 +67,7 @@ class Network(nn.Module):
 
     def __init__(self, architecture: Architecture, *, conditioned: bool = True) -> None:
         super().__init__()
-        self.conditioned = conditioned  # if not, the graph forgets all that a header says: a baseline
+        self.conditioned = conditioned  # if not, the graph forgets the acquisition, but for the bound: a baseline
         self.gate_offset = NO_OFFSET  # the operating point: how much stricter the gate is than it was trained
         a, b, c = architecture.widths
         e = architecture.embedding
@@ -81,14 +81,14 @@ class Network(nn.Module):
         for start in self.head.parameters():  # and the network as a smoothed, gated linear amplification
             nn.init.zeros_(start)
         self.mix: Tensor
-        self.measured: Tensor
-        measured = torch.tensor([float(name in MEASURED) for name in NAMES])
-        self.register_buffer("measured", measured, persistent=False)
         self.register_buffer("mix", torch.tensor([1.0, 2.0, 0.0, -2.0]).reshape(1, 4, 1, 1, 1), persistent=False)
         kernel = torch.tensor([0.25, 0.5, 0.25])
         self.register_buffer(
             "binomial", (kernel[:, None, None] * kernel[:, None] * kernel)[None, None], persistent=False
         )
+        self.kept: Tensor
+        kept = torch.tensor([float(conditioned or name in MEASURED) for name in NAMES])
+        self.register_buffer("kept", kept, persistent=False)
 
     def forward(self, images: Tensor, condition: Tensor) -> Tensor:
         """Predict.
@@ -109,15 +109,16 @@ class Network(nn.Module):
 
     def unbounded(self, images: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """The prediction before the bound, and the bound; both (n, 1, k, j, i) and non-negative."""
+        bounding = dose_fraction(condition)[:, None, None, None, None]
         if not self.conditioned:
-            condition = condition * self.measured
+            condition = condition * self.kept
         dose = dose_fraction(condition)[:, None, None, None, None]
         z, pre, noise = images[:, 0:1], images[:, 1:2], images[:, 2:3]
         once = self._blur(z, 1)
         twice = self._blur(once, 1)
         wide = self._blur(twice, 2)
         measured = torch.cat([z, once, twice, wide], 1)
-        bound = HEADROOM / dose * functional.relu(measured.amax(1, keepdim=True))
+        bound = HEADROOM / bounding * functional.relu(measured.amax(1, keepdim=True))
         amplified = measured / dose
         left = functional.pad(torch.exp(condition[:, NOISE_LEFT]), (1, 0), value=1.0)[:, :, None, None, None]
         clarity = measured / (torch.clamp(noise, min=1e-3) * left)

@@ -38,7 +38,7 @@ class Config:
     """What a run depends on."""
 
     variant: str = "small"
-    conditioned: bool = True  # else nothing that a header says reaches the network: the baseline of conditioning
+    conditioned: bool = True  # else nothing of the acquisition is told: the baseline of conditioning
     steps: int = 7000
     batch: int = 2
     patch: int = 40
@@ -115,7 +115,8 @@ def train(
         Path of the checkpoint.
 
     Raises:
-        ValueError: the seed is out of range, or a checkpoint belongs to another configuration or variant.
+        ValueError: the seed is out of range, or a checkpoint belongs to another configuration or variant, or
+            never learned from the conditions that this run is told.
     """
     if not 1 <= config.seed <= LAST_SEED:
         raise ValueError(f"the seed must be from 1 to {LAST_SEED}: others would meet evaluation studies")
@@ -155,12 +156,14 @@ def _stated(config: Config, source: SiteData | None, start: Path | None) -> Conf
     """The configuration with what the network learned from, first to last."""
     data, digest = source.summary if source else "simulated", ""
     if not config.conditioned:
-        data += ", nothing of a header told"
+        data += ", nothing of the acquisition told"
     if start:
         saved = torch.load(start, map_location="cpu", weights_only=True)
         earlier = saved["config"]
         if earlier["variant"] != config.variant:
             raise ValueError(f"{start} holds the variant {earlier['variant']}, this run is of {config.variant}")
+        if config.conditioned and not earlier.get("conditioned", True):
+            raise ValueError(f"{start} was told nothing of the acquisition, this run is: only the reverse is possible")
         data = f"{data}, started from {saved['step']} steps on: {earlier.get('data', 'simulated')}"
         digest = hashlib.sha256(start.read_bytes()).hexdigest()
     return replace(config, data=data, start=digest)

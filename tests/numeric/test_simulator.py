@@ -284,7 +284,7 @@ def test_residual_motion_is_undone_and_a_lesion_keeps_its_enhancement_and_its_pl
 
 
 @pytest.mark.parametrize("contrast", [0.6, -0.6], ids=["haemorrhage", "cyst"])
-@pytest.mark.parametrize("shift_mm", [0.15, 0.5])
+@pytest.mark.parametrize("shift_mm", [0.15, 0.3, 0.5])
 def test_the_border_of_what_is_bright_or_dark_by_itself_does_not_enhance_when_the_head_moved(
     contrast: float, shift_mm: float
 ) -> None:
@@ -305,6 +305,16 @@ def test_the_border_of_what_is_bright_or_dark_by_itself_does_not_enhance_when_th
     assert left < 0.05 * was
     assert seen.displacement[1][border].mean() == pytest.approx(-shift_mm, rel=0.1)
     assert seen.displacement[1][even].mean() == pytest.approx(-shift_mm, rel=0.2)  # told by the border alone
+
+
+def test_voxels_of_2_mm_are_taken_as_such_however_their_direction_cosines_are_rounded() -> None:
+    rng = np.random.default_rng(0)
+    pre = ndimage.gaussian_filter(rng.normal(1, 2, (40, 40, 40)), 1.5).astype(np.float32)
+    low = ndimage.shift(pre, (0, 0.2, 0), order=3, mode="nearest")
+    brain = np.ones(pre.shape, bool)
+    read = [compare(pre, low, brain, (side,) * 3).displacement for side in (2.0, 2.000000004, 2.01)]
+    assert np.abs(read[1] - read[0]).max() < 1e-5
+    assert np.abs(read[2] - read[0]).max() > 1e-3  # one scale fewer
 
 
 @pytest.mark.parametrize("stripped", [True, False], ids=["stripped", "full head"])

@@ -12,13 +12,16 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from click.testing import CliRunner
 from scipy import ndimage
 
+import lowgad
 from models.card import ModelError, read_card
 from models.condition import LOG_SIGMA, MEASURED, NAMES, SEQUENCE_NAMES
 from models.quality import LIMITS, Figure
 from models.runtime import NetworkEngine, upper_bound
 from models.training import evaluate, phantom
+from models.training.ablation import condition_grid, embedding, variance_shares
 from models.training.curves import draw_curves
 from models.training.evaluate import TEST_SEED, held_out, interval, score, usable_seeds
 from models.training.export import TOLERANCE, ParityError, export, load_network
@@ -74,24 +77,43 @@ def test_an_exported_network_agrees_with_torch_on_a_size_it_was_not_traced_with(
     assert np.abs(engine.run(images, condition) - expected).max() < 1e-4
 
 
-def test_a_network_without_conditions_forgets_the_header_but_not_what_is_measured(tmp_path: Path) -> None:
-    checkpoint = random_checkpoint(tmp_path / "checkpoint.pt", conditioned=False)
-    export(checkpoint, tmp_path, model_id="blind", preset="none")
-    engine = NetworkEngine(tmp_path)
+def test_a_network_without_conditions_forgets_the_acquisition_but_for_its_bound(tmp_path: Path) -> None:
+    network, _ = load_network(random_checkpoint(tmp_path / "checkpoint.pt", conditioned=False))
     rng = np.random.default_rng(0)
-    images = rng.normal(0.1, 0.3, (3, 12, 16, 16)).astype(np.float32)
+    images = torch.from_numpy(rng.normal(0.1, 0.3, (1, 3, 8, 8, 8)).astype(np.float32))
     told = rng.normal(0, 0.5, len(NAMES)).astype(np.float32)
-    untold = np.where([name in MEASURED for name in NAMES], told, 0).astype(np.float32)
-    noisier = np.where([name == "log_sigma" for name in NAMES], told + 1, told).astype(np.float32)
-    assert np.array_equal(engine.run(images, told), engine.run(images, untold))
-    assert not np.array_equal(engine.run(images, told), engine.run(images, noisier))
+    told[NAMES.index("dose_known")] = 1
+
+    def predicted(**changed: float) -> tuple[Array, Array]:
+        condition = told.copy()
+        for name, value in changed.items():
+            condition[NAMES.index(name)] = value
+        with torch.no_grad():
+            raw, bound = network.unbounded(images, torch.from_numpy(condition)[None])
+        return raw.numpy(), bound.numpy()
+
+    same = predicted()[0]
+    for name in NAMES:
+        assert np.array_equal(predicted(**{name: 1.5})[0], same) is (name not in MEASURED), name
+    tenth, half = (predicted(log_dose_fraction=np.log(dose))[1] for dose in (0.1, 0.5))
+    assert np.allclose(tenth, 5 * half)
 
 
-def test_a_run_without_conditions_says_so(tmp_path: Path) -> None:
-    train(replace(TINY, steps=1, conditioned=False), tmp_path, report=lambda _: None)
-    network, config = load_network(tmp_path / "checkpoint.pt")
+def test_a_run_without_conditions_says_so_and_starts_no_run_with_them(tmp_path: Path) -> None:
+    arguments = ["--preset", "smoke", "--steps", "1", "--out", str(tmp_path / "blind"), "--unconditioned"]
+    done = CliRunner().invoke(lowgad.main, ["train", *arguments])
+    assert done.exit_code == 0, done.output
+    network, config = load_network(tmp_path / "blind" / "checkpoint.pt")
     assert not network.conditioned
-    assert config["data"] == "simulated, nothing of a header told"
+    assert config["data"] == "simulated, nothing of the acquisition told"
+    with pytest.raises(ValueError, match="only the reverse"):
+        train(TINY, tmp_path / "told", report=lambda _: None, start=tmp_path / "blind" / "checkpoint.pt")
+
+
+def test_the_embedding_of_a_network_without_conditions_tells_nothing_apart(tmp_path: Path) -> None:
+    export(random_checkpoint(tmp_path / "c.pt", conditioned=False), tmp_path, model_id="blind", preset="none")
+    grid, vectors = condition_grid()
+    assert set(variance_shares(grid, embedding(tmp_path / "model.onnx", vectors)).values()) == {0.0}
 
 
 def random_checkpoint(path: Path, spread: float = 1.0, **config: str | bool) -> Path:
