@@ -242,8 +242,8 @@ def _residual_motion(
     slope = _slopes(_soft(pre, spacing_mm), spacing_mm)
     displacement = np.zeros((3, *pre.shape), np.float32)
     moved = low
-    rounded = round(max(spacing_mm), 3)  # direction cosines in headers have few digits
-    for sigma_mm in (sigma for sigma, side in _MOTION_SCALES_MM if rounded <= side):
+    side_mm = round(max(spacing_mm), 3)  # direction cosines in headers have few digits
+    for sigma_mm in (sigma for sigma, largest in _MOTION_SCALES_MM if side_mm <= largest):
         coarser = displacement
         for _ in range(_MOTION_ROUNDS):
             known = displacement - coarser

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -153,11 +153,10 @@ def associated(
         raise Retryable(Reason.DESTINATION_UNREACHABLE, f"{destination.name}: {error}") from error
     if not association.is_established:
         raise _refusal(association)
-    try:
+    with ExitStack() as interrupted:
+        interrupted.callback(association.abort)
         yield association
-    except BaseException:
-        association.abort()
-        raise
+        interrupted.pop_all()
     association.release()
 
 

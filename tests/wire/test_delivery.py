@@ -15,7 +15,7 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate
 from service.core.errors import Permanent, Reason, Retryable
 from service.core.settings import Destination
 from tests.peers import MR_IMAGE_STORAGE, StorageScp, free_port, running_orthanc, running_scp
-from worker.delivery import Answer, Verdict, backoff_seconds, send
+from worker.delivery import Answer, Verdict, associated, backoff_seconds, send
 
 ENHANCED_MR_IMAGE_STORAGE = "1.2.840.10008.5.1.4.1.1.4.1"
 
@@ -65,6 +65,17 @@ def test_orthanc_holds_every_instance_that_was_reported_as_sent(tmp_path: Path) 
     assert verdicts(answers) == verdicts(again) == [Verdict.SENT] * 5
     assert [answer.path for answer in answers] == files
     assert held == {str(pydicom.dcmread(path).SOPInstanceUID) for path in files}
+
+
+def test_an_association_is_released_when_the_work_is_done_and_aborted_when_it_is_cut_short() -> None:
+    offers = [(MR_IMAGE_STORAGE, str(ExplicitVRLittleEndian))]
+    with running_scp() as scp:
+        with associated(offers, at(scp)) as done:
+            assert done.is_established
+        with pytest.raises(KeyboardInterrupt), associated(offers, at(scp)) as cut_short:
+            raise KeyboardInterrupt
+    assert (done.is_released, done.is_aborted) == (True, False)
+    assert (cut_short.is_released, cut_short.is_aborted) == (False, True)
 
 
 def test_warning_statuses_count_as_sent_and_are_recorded(tmp_path: Path) -> None:
