@@ -271,6 +271,7 @@ def demo(out: Path) -> None:
     "--preset", default="small-cpu", show_default=True, help="smoke, small-cpu, small-gpu, small-tune or base-gpu"
 )
 @click.option("--steps", type=click.IntRange(1), help="Other than the preset's; may grow when a run goes on")
+@click.option("--seed", type=click.IntRange(1), help="Other than the preset's: other studies, other patches")
 @click.option("--out", type=FOLDER, required=True, help="Folder of the run; an earlier part of it is gone on with")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes that simulate")
 @click.option(
@@ -281,6 +282,7 @@ def demo(out: Path) -> None:
 def train(
     preset: str,
     steps: int | None,
+    seed: int | None,
     out: Path,
     workers: int,
     *,
@@ -299,11 +301,25 @@ def train(
 
     if preset not in PRESETS:
         raise click.BadParameter(f"known presets: {', '.join(PRESETS)}", param_hint="--preset")
-    config = replace(PRESETS[preset], steps=steps or PRESETS[preset].steps, conditioned=not unconditioned)
+    usual = PRESETS[preset]
+    config = replace(usual, steps=steps or usual.steps, seed=seed or usual.seed, conditioned=not unconditioned)
     try:
         source = hold_out(read_triplets(data, click.echo).blocks, config.seed) if data else None
         run_training(config, out, workers=workers, report=click.echo, source=source, start=start)
         draw_curves(out / "log.csv", out / "curves.png")
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
+
+
+@main.command()
+@click.argument("checkpoints", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Checkpoint to write")
+def average(checkpoints: tuple[Path, ...], out: Path) -> None:
+    """Average the weights of CHECKPOINTS, of runs from one start (needs the extra `train`)."""
+    from models.training.average import average as run_average
+
+    try:
+        run_average(checkpoints, out)
     except ValueError as error:
         raise click.ClickException(str(error)) from None
 

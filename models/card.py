@@ -17,7 +17,7 @@ from models.condition import CONTRACT_VERSION
 
 RESEARCH_USE = "research use, trained on simulated data, not a medical device"
 ZOO = Path(__file__).parent / "zoo"
-DEFAULT_MODEL = "small-5"
+DEFAULT_MODEL = "small-6"
 
 
 class ModelError(ValueError):
@@ -73,8 +73,8 @@ def read_card(folder: Path) -> Card:
     """Read and check a model folder.
 
     Raises:
-        ModelError: a file is missing or unreadable, the card does not say what the model was trained on, the digest of
-            a network differs, or the contract is another one.
+        ModelError: a file is missing or unreadable, the card does not say what the model was trained on, its tiles
+            would not fit the strides of the network, the digest of a network differs, or the contract is another one.
     """
     values = _values(folder)
     if (contract := values.get("contract")) not in {None, CONTRACT_VERSION}:  # another contract may have another card
@@ -86,6 +86,8 @@ def read_card(folder: Path) -> Card:
         found = {path.name: (_digest(path), said) for path, said in card.networks.values()}
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise _incomplete(folder, error) from error
+    if card.halo_voxels % card.stride:
+        raise ModelError(f"model {card.id}: halo_voxels {card.halo_voxels} is no multiple of the stride {card.stride}")
     if not card.training_data.strip():
         raise ModelError(f"model {card.id}: the card does not say what it was trained on")
     for name, (digest, said) in found.items():

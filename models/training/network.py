@@ -109,6 +109,16 @@ class Network(nn.Module):
 
     def unbounded(self, images: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """The prediction before the bound, and the bound; both (n, 1, k, j, i) and non-negative."""
+        level, gate, bound = self.parts(images, condition)
+        return torch.sigmoid(gate - self._strictness(condition)) * level, bound
+
+    def parts(self, images: Tensor, condition: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What a prediction is made of, each (n, 1, k, j, i).
+
+        Returns:
+            Signal if there is any, not negative; logit of the chance that there is, before the operating point, judged
+            together with its neighbours; bound.
+        """
         bounding = dose_fraction(condition)[:, None, None, None, None]
         if not self.conditioned:
             condition = condition * self.kept
@@ -128,8 +138,8 @@ class Network(nn.Module):
         share, gain, own, gate = out[:, 4:5], out[:, 5:6], out[:, 6:7], out[:, 7:8]
         level = torch.sigmoid(share + 3) * linear * torch.exp(0.5 * torch.tanh(gain)) + own
         prior = 2 * (clarity[:, 1:].amax(1, keepdim=True) - CLEAR)
-        opened = torch.sigmoid(gate + torch.clamp(prior, -6, 6) - self._strictness(condition))
-        return opened * functional.relu(level), bound
+        gate = self._blur(self._blur(gate + torch.clamp(prior, -6, 6), 1), 1)  # in one voxel alone it is mostly noise
+        return functional.relu(level), gate, bound
 
     def _strictness(self, condition: Tensor) -> Tensor:
         """(n, 1, 1, 1, 1): what is taken from the logit of the gate; noise is what opens it falsely."""

@@ -22,13 +22,14 @@ from models.quality import LIMITS, Figure
 from models.runtime import NetworkEngine, upper_bound
 from models.training import evaluate, phantom
 from models.training.ablation import condition_grid, embedding, variance_shares
+from models.training.average import average
 from models.training.curves import draw_curves
 from models.training.evaluate import TEST_SEED, held_out, interval, score, usable_seeds
-from models.training.export import TOLERANCE, ParityError, export, load_network
-from models.training.network import VARIANTS, Network
+from models.training.export import HALO, TOLERANCE, ParityError, export, load_network
+from models.training.network import STRIDE, VARIANTS, Network
 from models.training.patches import Held
 from models.training.samples import Block, Sample, make_sample, quiet_brain
-from models.training.train import FALSE_WEIGHT, LAST_SEED, PRESETS, TRAIN_SEED, VALIDATION_SEED, loss, train
+from models.training.train import FALSE_WEIGHT, LAST_SEED, PRESETS, TRAIN_SEED, VALIDATION_SEED, gate_loss, loss, train
 from models.volume import Array
 
 TINY = replace(PRESETS["smoke"], steps=2)
@@ -54,10 +55,75 @@ def test_the_weights_to_start_from_fit_the_network_and_tell_where_they_come_from
     with as_file(start) as path:
         train(replace(TINY, steps=1), tmp_path, report=lambda _: None, start=path)
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    stages = (240, 500, 300, 280, 500, 440, 200, 15100)
-    earlier = "".join(f"simulated, started from {steps} steps on: " for steps in stages)
-    assert saved["config"]["data"] == f"{earlier}simulated"
+    others = "120 steps of seed 21, 400 steps of seed 9, 240 steps of seed 9"
+    stages = (500, 300, 280, 500, 440, 200, 15100)
+    earlier = f"simulated, started from 240 steps on: simulated, weights averaged with those of 3 more ({others}), "
+    earlier += "".join(f"started from {steps} steps on: simulated, " for steps in stages)
+    assert saved["config"]["data"] == earlier.removesuffix(", ")
     assert all(weights.dtype is torch.float32 for weights in saved["average"].values())
+
+
+def test_the_average_of_runs_has_their_mean_weights_and_names_them(tmp_path: Path) -> None:
+    trained = tmp_path / "first" / "checkpoint.pt"
+    train(replace(TINY, steps=1), trained.parent, report=lambda _: None)
+    again = tmp_path / "second" / "checkpoint.pt"
+    train(replace(TINY, steps=1, seed=2), again.parent, report=lambda _: None, start=trained)
+    done = CliRunner().invoke(lowgad.main, ["average", str(trained), str(again), "--out", str(tmp_path / "mean.pt")])
+    assert done.exit_code == 0, done.output
+    weights = [load_network(path)[0].state_dict()["stem.weight"] for path in (trained, again, tmp_path / "mean.pt")]
+    assert torch.allclose(weights[2], (weights[0] + weights[1]) / 2)
+    assert not torch.equal(weights[0], weights[1])
+    config = load_network(tmp_path / "mean.pt")[1]
+    assert config["data"] == "simulated, weights averaged with those of 1 more (1 steps of seed 2)"
+    export(tmp_path / "mean.pt", tmp_path / "model", model_id="mean", preset="smoke")
+    assert "averaged" in read_card(tmp_path / "model").training_data
+
+
+def test_runs_that_do_not_fit_together_are_not_averaged(tmp_path: Path) -> None:
+    first = random_checkpoint(tmp_path / "first.pt")
+    site = random_checkpoint(tmp_path / "site.pt", data="simulated, started from 9 steps on: site: 3 studies")
+    blind = random_checkpoint(tmp_path / "blind.pt", conditioned=False)
+    stranger = random_checkpoint(tmp_path / "stranger.pt", seed=2)
+    saved = torch.load(first, weights_only=True)
+    del saved["average"]["head.bias"]
+    torch.save(saved, tmp_path / "older.pt")
+    for others, says in (
+        ([site], "site's studies"),
+        ([blind], "another kind"),
+        ([tmp_path / "older.pt"], "another kind"),
+        ([stranger], "did not start"),
+        ([first], "twice"),
+        ([], "at least two"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            average([first, *others], tmp_path / "mean.pt")
+    with pytest.raises(ValueError, match="exists"):
+        average([first, blind], first)
+
+
+def reach(network: Network) -> int:
+    """How far away, in voxels, an input can be that an output depends on."""
+    places = range(60, 60 + STRIDE)
+    images = torch.rand(1, 3, 4, 4, 124 + STRIDE, dtype=torch.float64, requires_grad=True)
+    level, gate, _ = network.parts(images, torch.zeros(1, len(NAMES), dtype=torch.float64))
+    farthest = 0
+    for place in places:
+        (slope,) = torch.autograd.grad((level + gate)[..., place].sum(), images, retain_graph=True)
+        at = slope.abs().sum(dim=(0, 1, 2, 3)).nonzero()
+        farthest = max(farthest, place - int(at.min()), int(at.max()) - place)
+    return farthest
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_the_halo_of_tiles_covers_what_a_voxel_depends_on_in_whole_strides(variant: str) -> None:
+    torch.manual_seed(0)
+    network = Network(VARIANTS[variant]).double()
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "modulate" not in name:
+                parameter.copy_(0.05 * torch.rand_like(parameter))  # positive: nothing cancels
+    assert HALO[variant] - STRIDE < reach(network) <= HALO[variant]
+    assert HALO[variant] % STRIDE == 0
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(run: Path) -> None:
@@ -116,9 +182,9 @@ def test_the_embedding_of_a_network_without_conditions_tells_nothing_apart(tmp_p
     assert set(variance_shares(grid, embedding(tmp_path / "model.onnx", vectors)).values()) == {0.0}
 
 
-def random_checkpoint(path: Path, spread: float = 1.0, **config: str | bool) -> Path:
+def random_checkpoint(path: Path, spread: float = 1.0, **config: str | bool | int) -> Path:
     """A checkpoint of a network that does something everywhere, without training it."""
-    torch.manual_seed(0)
+    torch.manual_seed(int(config.get("seed", 0)))
     network = Network(VARIANTS["small"])
     with torch.no_grad():
         for parameter in network.parameters():
@@ -282,6 +348,41 @@ def test_false_enhancement_weighs_more_in_quiet_brain_and_in_full_only_later() -
     early = loss(truth + 0.2, bound, truth, brain, brain, false_weight=0.0)
     assert quiet.item() == pytest.approx(anywhere.item() + FALSE_WEIGHT * (0.2 - 0.05))
     assert early.item() == pytest.approx(anywhere.item())
+
+
+def test_one_clear_voxel_among_noise_does_not_open_its_gate_by_itself() -> None:
+    network = Network(VARIANTS["small"])
+    condition = torch.zeros(1, len(NAMES))
+    images = torch.zeros(1, 3, 8, 8, 8)
+    images[:, 2] = 0.01  # noise
+    images[0, 0, 4, 4, 4] = 0.3
+    solid = images.clone()
+    solid[0, 0, 2:7, 2:7, 2:7] = 0.3
+    with torch.no_grad():
+        alone, among = (torch.sigmoid(network.parts(seen, condition)[1])[0, 0, 4, 4, 4] for seen in (images, solid))
+    assert alone < 0.1
+    assert among > 0.99
+
+
+def test_a_gate_that_is_shut_over_a_lesion_still_learns_to_open() -> None:
+    truth = torch.full((1, 1, 4, 4, 4), 0.15)
+    ones, none = torch.ones_like(truth), torch.zeros_like(truth)
+    gate = torch.full_like(truth, -6.0, requires_grad=True)
+    (through_the_signal,) = torch.autograd.grad(loss(torch.sigmoid(gate) * 0.15, ones, truth, ones, none), gate)
+    (as_a_classifier,) = torch.autograd.grad(gate_loss(gate, truth, ones, none), gate)
+    assert as_a_classifier.max() < 20 * through_the_signal.min() < 0  # both say open, the first in earnest
+
+
+def test_the_gate_is_judged_where_the_brain_enhances_or_is_quiet_and_nowhere_else() -> None:
+    truth = torch.zeros(1, 1, 4, 4, 4)
+    truth[..., :2] = 0.2
+    brain, quiet = torch.ones_like(truth), torch.zeros_like(truth)
+    brain[:, :, :2] = 0
+    quiet[:, :, 2:, :, 3:] = 1
+    gate = torch.zeros_like(truth, requires_grad=True)
+    (slope,) = torch.autograd.grad(gate_loss(gate, truth, brain, quiet), gate)
+    assert torch.equal(slope < 0, (brain > 0) & (truth > 0))
+    assert torch.equal(slope > 0, quiet > 0)
 
 
 def test_what_the_bound_takes_away_still_costs() -> None:

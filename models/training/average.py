@@ -1,0 +1,67 @@
+"""One network from several runs: the mean of their averaged weights, where the runs began at one network.
+
+Hides which runs may be averaged and what the card says of it. Must never average networks that were told other things,
+or that learned from a site. Runs from one start stay in one basin of the loss, and so does their mean (Wortsman et al.,
+"Model soups", arXiv 2203.05482); of runs from different starts it is no network at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+APART = 0.5  # distance of two sets of weights over the length of the first; strangers have about 1.4
+
+
+def average(checkpoints: Sequence[Path], out: Path) -> None:
+    """Write a checkpoint with the mean of the averaged weights of runs.
+
+    It has the configuration of the first run; its data tell of the others. It holds no state of an optimiser: it is a
+    start for training, or to be exported.
+
+    Args:
+        checkpoints: of `models.training.train`, at least two, of one variant, on simulated studies.
+        out: the checkpoint to write; never replaced.
+
+    Raises:
+        ValueError: `out` exists, there are fewer than two, one is given twice, or they do not fit together.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists")
+    if len({path.resolve() for path in checkpoints}) < max(2, len(checkpoints)):
+        raise ValueError("an average needs at least two checkpoints, none of them twice")
+    runs = [torch.load(path, map_location="cpu", weights_only=True) for path in checkpoints]
+    first, *others = runs
+    for path, run in zip(checkpoints, runs, strict=True):
+        if "site" in _data(run):
+            raise ValueError(f"{path} learned from a site's studies: the card could not tell whose they are")
+        if _kind(run) != _kind(first):
+            raise ValueError(f"{path} is another kind of network than {checkpoints[0]}")
+        if not _distance(first, run) < APART:  # nor where it is not a number
+            raise ValueError(f"{path} did not start from where {checkpoints[0]} did")
+    weights = {
+        name: torch.stack([run["average"][name].float() for run in runs]).mean(dim=0) for name in first["average"]
+    }
+    learned, comma, earlier = _data(first).partition(",")
+    told = ", ".join(f"{run['step']} steps of seed {run['config']['seed']}" for run in others)
+    data = f"{learned}, weights averaged with those of {len(others)} more ({told}){comma}{earlier}"
+    torch.save({"config": first["config"] | {"data": data}, "step": first["step"], "average": weights}, out)
+
+
+def _data(run: dict[str, Any]) -> str:
+    return str(run["config"].get("data", "simulated"))
+
+
+def _kind(run: dict[str, Any]) -> tuple[str, bool, dict[str, torch.Size]]:
+    """Variant, whether it is told the acquisition, and the shapes of its weights."""
+    config = run["config"]
+    shapes = {name: weight.shape for name, weight in run["average"].items()}
+    return config["variant"], config.get("conditioned", True), shapes
+
+
+def _distance(one: dict[str, Any], other: dict[str, Any]) -> float:
+    here, there = (torch.cat([weight.float().ravel() for weight in run["average"].values()]) for run in (one, other))
+    return float(torch.linalg.norm(there - here) / torch.linalg.norm(here))
