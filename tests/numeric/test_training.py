@@ -271,7 +271,8 @@ def test_the_operating_point_is_in_the_graph_and_stricter_where_noise_is_stronge
             signals[name, noise] = float(engine.run(images, condition).sum())
     kept = [signals["some", noise] / signals["none", noise] for noise in (0.02, 0.03, 0.1, 0.5)]
     assert 1 > kept[0] > kept[1] > kept[2] > 0
-    assert kept[3] == pytest.approx(kept[2], rel=0.3)  # 3.4 and, at most, 4 of the logit
+    at_a_tenth, at_most = 1 + 2 * np.log(0.1 / 0.03), 4  # taken from the logit
+    assert kept[3] / kept[2] == pytest.approx(np.exp(at_a_tenth - at_most), rel=0.05)
 
 
 @pytest.mark.parametrize("offset", [(1.0, 0.0, 0.0), (-1.0, 0.0, 2.0)])
