@@ -44,11 +44,15 @@ class ParityError(ValueError):
 
 
 def load_network(checkpoint: Path) -> tuple[Network, dict[str, object]]:
-    """The averaged network of a checkpoint, in evaluation mode, and the configuration of its run."""
+    """The averaged network of a checkpoint, in evaluation mode, and the configuration of its run.
+
+    Raises:
+        ValueError: its weights are of another architecture.
+    """
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
     config = {**saved["config"], "steps": saved["step"]}
     network = Network(VARIANTS[str(config["variant"])], conditioned=bool(config.get("conditioned", True)))
-    network.load_state_dict(saved["average"])
+    network.take(saved["average"])
     network.state_dict()["embed.0.weight"].mul_(network.kept)  # what is never told has no weight
     return network.eval(), config
 
@@ -87,7 +91,8 @@ def export(
 
     Raises:
         ParityError: a difference exceeds its tolerance.
-        ValueError: an offset is negative, or the one at a noise of 0.03 exceeds the most.
+        ValueError: an offset is negative, the one at a noise of 0.03 exceeds the most, or the checkpoint is of another
+            architecture.
     """
     if min(gate_offset) < 0 or gate_offset[0] > gate_offset[2]:
         raise ValueError(f"a gate offset of {gate_offset} is never reached: none may be negative, the last is the most")
@@ -149,10 +154,17 @@ def halved(model: Any) -> Any:
     model = onnx.ModelProto.FromString(model.SerializeToString())
     graph, inside = model.graph, _body(model.graph)
     weights = {weight.name: weight for weight in graph.initializer}
+    counts = {
+        node.output[0]
+        for node in graph.node
+        if node.op_type == "Constant" and node.attribute[0].t.data_type != TensorProto.FLOAT
+    }  # axes of a sum: no numbers to halve
     named: dict[str, str] = {}  # fp32 tensor to its fp16 counterpart
     nodes: list[Any] = []
     for node in graph.node:
         for place, name in enumerate(node.input if node.name in inside else ()):
+            if name in counts:
+                continue
             if name not in named:
                 named[name] = f"{name}_half"
                 if name in weights:

@@ -115,8 +115,8 @@ def train(
         Path of the checkpoint.
 
     Raises:
-        ValueError: the seed is out of range, or a checkpoint belongs to another configuration or variant, or
-            never learned from the conditions that this run is told.
+        ValueError: the seed is out of range, or a checkpoint belongs to another configuration, variant or architecture,
+            or never learned from the conditions that this run is told.
     """
     if not 1 <= config.seed <= LAST_SEED:
         raise ValueError(f"the seed must be from 1 to {LAST_SEED}: others would meet evaluation studies")
@@ -182,14 +182,14 @@ def _start(config: Config, out: Path, start: Path | None) -> _Run:
         saved = torch.load(path, map_location=device, weights_only=True)
         if replace(Config(**saved["config"]), steps=config.steps) != config:
             raise ValueError("the checkpoint belongs to another configuration")
-        network.load_state_dict(saved["network"])
-        average.load_state_dict(saved["average"])
+        network.take(saved["network"])
+        average.take(saved["average"])
         run.optimizer.load_state_dict(saved["optimizer"])
         run.step = saved["step"]
     elif start:
         weights = torch.load(start, map_location=device, weights_only=True)["average"]
-        network.load_state_dict(weights)
-        average.load_state_dict(weights)
+        network.take(weights)
+        average.take(weights)
     return run
 
 

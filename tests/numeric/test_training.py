@@ -27,6 +27,7 @@ from models.training.curves import draw_curves
 from models.training.evaluate import TEST_SEED, held_out, interval, score, usable_seeds
 from models.training.export import HALO, TOLERANCE, ParityError, export, load_network
 from models.training.network import STRIDE, VARIANTS, Network
+from models.training.network import Block as NetworkBlock
 from models.training.patches import Held
 from models.training.samples import Block, Sample, make_sample, quiet_brain
 from models.training.train import FALSE_WEIGHT, LAST_SEED, PRESETS, TRAIN_SEED, VALIDATION_SEED, gate_loss, loss, train
@@ -99,6 +100,45 @@ def test_runs_that_do_not_fit_together_are_not_averaged(tmp_path: Path) -> None:
             average([first, *others], tmp_path / "mean.pt")
     with pytest.raises(ValueError, match="exists"):
         average([first, blind], first)
+
+
+def test_weights_of_another_architecture_are_refused_by_name(tmp_path: Path) -> None:
+    path = random_checkpoint(tmp_path / "older.pt")
+    saved = torch.load(path, weights_only=True)
+    del saved["average"]["enter.1.0.norm.gain"]  # as before coarse levels were normed
+    torch.save(saved, path)
+    with pytest.raises(ValueError, match=r"another architecture.*enter\.1\.0\.norm\.gain"):
+        export(path, tmp_path / "model", model_id="older", preset="none")
+    with pytest.raises(ValueError, match="another architecture"):
+        train(TINY, tmp_path / "run", report=lambda _: None, start=path)
+
+
+def test_a_coarse_block_adds_the_same_however_large_its_input_has_grown() -> None:
+    torch.manual_seed(0)
+    block = random_block(normed=True)
+    x, embedding = torch.randn(1, 16, 4, 4, 4, dtype=torch.float64), torch.randn(1, 8, dtype=torch.float64)
+    added = [block(x * size, embedding) - x * size for size in (1e3, 1e6)]
+    assert added[0].abs().max() > 0.01
+    assert torch.allclose(added[0], added[1], atol=1e-6)
+
+
+def random_block(*, normed: bool) -> NetworkBlock:
+    block = NetworkBlock(16, 8, normed=normed).double()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return block
+
+
+def test_the_coarse_levels_of_the_weights_to_start_from_are_alive() -> None:
+    with as_file(files("models.training") / "start" / "small-tune.pt") as path:
+        network, _ = load_network(path)
+    sample = make_sample(3, shape=(40, 40, 40))
+    assert sample is not None
+    images = torch.from_numpy(sample.images.astype(np.float32))[None]
+    level, gate, _ = network.parts(images, torch.from_numpy(sample.condition)[None])
+    (slope,) = torch.autograd.grad((level + gate).sum(), [network.up_1.weight])
+    assert (slope.abs().amax(dim=(1, 2, 3, 4)) > 0).all()  # of every channel at half resolution
 
 
 def reach(network: Network) -> int:
