@@ -279,6 +279,12 @@ def demo(out: Path) -> None:
 )
 @click.option("--start", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Checkpoint to fine-tune")
 @click.option("--unconditioned", is_flag=True, help="Tell it nothing of the acquisition: a baseline")
+@click.option(
+    "--target",
+    default="truth",
+    show_default=True,
+    help="Of simulated studies: truth, or for comparison the standard dose as acquired: masked, measured",
+)
 def train(
     preset: str,
     steps: int | None,
@@ -289,6 +295,7 @@ def train(
     data: Path | None,
     start: Path | None,
     unconditioned: bool,
+    target: str,
 ) -> None:
     """Train a network on simulated studies, or on your own (needs the extra `train`)."""
     from dataclasses import replace
@@ -302,7 +309,9 @@ def train(
     if preset not in PRESETS:
         raise click.BadParameter(f"known presets: {', '.join(PRESETS)}", param_hint="--preset")
     usual = PRESETS[preset]
-    config = replace(usual, steps=steps or usual.steps, seed=seed or usual.seed, conditioned=not unconditioned)
+    config = replace(
+        usual, steps=steps or usual.steps, seed=seed or usual.seed, conditioned=not unconditioned, target=target
+    )
     try:
         source = hold_out(read_triplets(data, click.echo).blocks, config.seed) if data else None
         run_training(config, out, workers=workers, report=click.echo, source=source, start=start)

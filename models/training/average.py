@@ -55,11 +55,11 @@ def _data(run: dict[str, Any]) -> str:
     return str(run["config"].get("data", "simulated"))
 
 
-def _kind(run: dict[str, Any]) -> tuple[str, bool, dict[str, torch.Size]]:
-    """Variant, whether it is told the acquisition, and the shapes of its weights."""
+def _kind(run: dict[str, Any]) -> tuple[str, bool, str, dict[str, torch.Size]]:
+    """Variant, whether it is told the acquisition, its target, and the shapes of its weights."""
     config = run["config"]
     shapes = {name: weight.shape for name, weight in run["average"].items()}
-    return config["variant"], config.get("conditioned", True), shapes
+    return config["variant"], config.get("conditioned", True), config.get("target", "truth"), shapes
 
 
 def _distance(one: dict[str, Any], other: dict[str, Any]) -> float:

@@ -80,6 +80,7 @@ class Phantom:
     brain: Mask
     lesion_labels: np.ndarray  # int16, 0 = none
     lesion_diameters_mm: tuple[float, ...]
+    standard: Array | None = None  # the standard dose acquired as `low` is, if asked for
 
 
 @dataclass
@@ -122,7 +123,12 @@ def with_choices(scenario: Scenario, **chosen: Any) -> Scenario:
 
 
 def make_phantom(
-    seed: int, *, shape: tuple[int, int, int] = (96, 96, 96), scenario: Scenario | None = None, whole: bool = False
+    seed: int,
+    *,
+    shape: tuple[int, int, int] = (96, 96, 96),
+    scenario: Scenario | None = None,
+    whole: bool = False,
+    standard: bool = False,
 ) -> Phantom:
     """Simulate one study.
 
@@ -132,6 +138,7 @@ def make_phantom(
         scenario: what is fixed; drawn from the seed where None.
         whole: centre the head upright in the grid, with its face, at the nominal flip angle, neither ringing nor
             interpolated; otherwise a randomly turned and placed part of it.
+        standard: acquire the standard dose, too; nothing else changes.
     """
     rng = np.random.default_rng(seed)
     scenario = scenario or draw_scenario(rng)
@@ -139,7 +146,7 @@ def make_phantom(
     anatomy = _tissues(points, scenario, rng)
     _add_vessels(anatomy, scenario, rng)
     _add_lesions(anatomy, scenario, rng)
-    return _image(anatomy, scenario, rng, whole=whole)
+    return _image(anatomy, scenario, rng, whole=whole, standard=standard)
 
 
 def _atlas_points(
@@ -404,8 +411,8 @@ def _blob(
     return np.clip(0.5 + _depth(shape, centre, diameter / 2, scenario, rng), 0, 1)
 
 
-def _image(anatomy: _Anatomy, scenario: Scenario, rng: np.random.Generator, *, whole: bool) -> Phantom:
-    """Mix signals by fraction, blur, and acquire the pair with independent noise."""
+def _image(anatomy: _Anatomy, scenario: Scenario, rng: np.random.Generator, *, whole: bool, standard: bool) -> Phantom:
+    """Mix signals by fraction, blur, and acquire the images with independent noise."""
     ideal = {dose: np.zeros(anatomy.brain.shape, np.float32) for dose in (0.0, scenario.dose_fraction, 1.0)}
     r1 = scenario.agent.relaxivity_per_mm_s(scenario.field_strength_t) * rng.uniform(0.85, 1.15)
     # A stronger or lower-dosed agent reaches the tissue in other concentrations: uptake follows the injected dose.
@@ -431,7 +438,8 @@ def _image(anatomy: _Anatomy, scenario: Scenario, rng: np.random.Generator, *, w
     bias = np.exp(smooth_field(anatomy.brain.shape, 40, rng.uniform(0, 0.15), rng))  # of the receive coil
     ideal = {dose: (image * bias / level).astype(np.float32) for dose, image in ideal.items()}
     response = _uncertain(ideal[0.0], ideal[scenario.dose_fraction], ideal[1.0], scenario.dose_fraction, rng)
-    pre, low = _acquire(ideal[0.0], response, anatomy.brain, scenario, rng, spread=spread, whole=whole)
+    after = [response, ideal[1.0]] if standard else [response]
+    pre, low, *more = _acquire(ideal[0.0], after, anatomy.brain, scenario, rng, spread=spread, whole=whole)
     kept = anatomy.brain if scenario.stripped else 1
     return Phantom(
         scenario,
@@ -441,6 +449,7 @@ def _image(anatomy: _Anatomy, scenario: Scenario, rng: np.random.Generator, *, w
         anatomy.brain,
         anatomy.labels,
         tuple(anatomy.diameters),
+        *more,
     )
 
 
@@ -514,30 +523,60 @@ def _defaced(brain: Mask, rng: np.random.Generator) -> Mask:
 
 
 def _acquire(
-    pre: Array, low: Array, brain: Mask, scenario: Scenario, rng: np.random.Generator, *, spread: Array, whole: bool
-) -> tuple[Array, Array]:
-    """Gain, a residual misalignment of the low-dose image, and noise on both."""
+    pre: Array,
+    after: list[Array],
+    brain: Mask,
+    scenario: Scenario,
+    rng: np.random.Generator,
+    *,
+    spread: Array,
+    whole: bool,
+) -> list[Array]:
+    """Noise on every image; on those after contrast a gain and a residual misalignment, too, each with its own.
+
+    What is drawn for the first two does not depend on whether there are more.
+    """
     shape = pre.shape
-    drift = np.exp(smooth_field(shape, 45, rng.uniform(0, 0.02), rng)) * rng.uniform(0.85, 1.2)
+    drift = _drift(shape, rng)
     g_map = np.clip(1 + smooth_field(shape, 30, rng.uniform(0, 0.25), rng), 0.6, 2.5)
     blur = np.full(3, rng.uniform(0, 0.6))
     if rng.uniform() < 0.6:  # noise was there when an axis was interpolated, and not added later
         blur = np.where(spread > PSF_VOXELS[1], spread, blur)
     if scenario.stripped:
-        pre, low = pre * brain, _cut_elsewhere(low, brain, rng)
-    moved = _misalign(low, scenario, rng)
+        pre = pre * brain
+    moved = _placed(after[0], brain, scenario, rng)
     first = magnitude(pre, scenario.sigma, blur, g_map, rng)
-    second = magnitude(moved, scenario.sigma, blur, g_map, rng)
-    if rng.uniform() < 0.7:  # registration interpolates the noise, too; what it does to the image is `_misalign`
-        noise = ndimage.shift(second - moved, rng.uniform(-0.5, 0.5, 3), order=3, mode="nearest")
-        second = np.maximum(moved + noise, 0)
+    second = _received(moved, scenario.sigma, blur, g_map, rng)
     keep = np.ones(shape, bool)
     if scenario.stripped and rng.uniform() < 0.6:  # otherwise noise is left around the brain
         keep = ndimage.binary_dilation(pre > 0.02)
     elif not whole and not scenario.stripped and rng.uniform() < 0.15:
         keep = _defaced(brain, rng)
-    first, second = first * keep, second * keep
-    return first, (second * drift).astype(np.float32)
+    images = [first * keep, (second * keep * drift).astype(np.float32)]
+    for image, own in zip(after[1:], rng.spawn(len(after) - 1), strict=True):
+        gain = _drift(shape, own)
+        received = _received(_placed(image, brain, scenario, own), scenario.sigma, blur, g_map, own)
+        images.append((received * keep * gain).astype(np.float32))
+    return images
+
+
+def _drift(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Gain of a later image over the first, nearly even."""
+    return np.asarray(np.exp(smooth_field(shape, 45, rng.uniform(0, 0.02), rng)) * rng.uniform(0.85, 1.2))
+
+
+def _placed(image: Array, brain: Mask, scenario: Scenario, rng: np.random.Generator) -> Array:
+    """A later image as registration leaves it."""
+    return _misalign(_cut_elsewhere(image, brain, rng) if scenario.stripped else image, scenario, rng)
+
+
+def _received(image: Array, sigma: float, blur: Array, g_map: Array, rng: np.random.Generator) -> Array:
+    """A later image with noise, which registration may have interpolated; the image itself is left to `_misalign`."""
+    received = magnitude(image, sigma, blur, g_map, rng)
+    if rng.uniform() < 0.7:
+        noise = ndimage.shift(received - image, rng.uniform(-0.5, 0.5, 3), order=3, mode="nearest")
+        received = np.maximum(image + noise, 0)
+    return received
 
 
 def _cut_elsewhere(image: Array, brain: Mask, rng: np.random.Generator) -> Array:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing as mp
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -61,7 +61,11 @@ def make_sample(seed: int, **options: object) -> Sample | None:
 
     None where it holds too little brain to measure a gain, or where the quality gate would refuse such a pair.
     """
-    phantom = make_phantom(seed, **options)  # type: ignore[arg-type]
+    return usable(make_phantom(seed, **options))  # type: ignore[arg-type]
+
+
+def usable(phantom: Phantom) -> Sample | None:
+    """What preprocessing makes of a phantom, unless too little of it is brain or the quality gate refuses it."""
     if phantom.brain.mean() < 0.03:
         return None
     sample = sample_of(phantom)
@@ -71,10 +75,8 @@ def make_sample(seed: int, **options: object) -> Sample | None:
 def sample_of(phantom: Phantom) -> Sample:
     """What preprocessing makes of a phantom."""
     brain, scenario = phantom.brain, phantom.scenario
-    scale = float(np.quantile(phantom.pre[brain], SCALE_QUANTILE))
-    pre = phantom.pre / scale
-    low = phantom.low / float(np.quantile(phantom.low[brain], SCALE_QUANTILE))
-    seen = compare(pre, low, brain, scenario.spacing_mm)
+    pre = scaled(phantom.pre, brain)
+    seen = compare(pre, scaled(phantom.low, brain), brain, scenario.spacing_mm)
     condition = Conditions(
         field_strength_t=scenario.field_strength_t,
         agent=scenario.agent.name,
@@ -85,7 +87,7 @@ def sample_of(phantom: Phantom) -> Sample:
         spacing_mm=scenario.spacing_mm,
         **scenario.sequence.stated,
     )
-    truth = np.maximum(phantom.enhancement / scale, 0)
+    truth = np.maximum(phantom.enhancement / level_of(phantom.pre, brain), 0)
     return Sample(
         np.stack([seen.subtraction, pre, seen.sigma_map]).astype(np.float16),
         truth.astype(np.float16),
@@ -99,21 +101,33 @@ def sample_of(phantom: Phantom) -> Sample:
     )
 
 
+def level_of(image: Array, brain: Mask) -> float:
+    """About white matter."""
+    return float(np.quantile(image[brain], SCALE_QUANTILE))
+
+
+def scaled(image: Array, brain: Mask) -> Array:
+    """The image in units of white matter."""
+    return image / level_of(image, brain)
+
+
 def quiet_brain(truth: Array, brain: Mask, spacing_mm: tuple[float, float, float]) -> Mask:
     """Brain where no signal belongs; blur closer to true enhancement is an error, not a false enhancement."""
     mask: Mask = brain & (ndimage.distance_transform_edt(truth < QUIET, sampling=spacing_mm[::-1]) > QUIET_MM)
     return mask
 
 
-def stream(first_seed: int, workers: int) -> Generator[Sample, None, None]:
-    """Samples of ascending seeds, simulated in other processes; the order does not depend on their speed."""
+def stream(
+    first_seed: int, workers: int, make: Callable[[int], Block | None] = make_sample
+) -> Generator[Block, None, None]:
+    """Blocks of ascending seeds, simulated in other processes; the order does not depend on their speed."""
     seeds = itertools.count(first_seed)
     pool = ProcessPoolExecutor(workers, mp_context=mp.get_context("spawn"))
     try:
-        pending = deque(pool.submit(make_sample, next(seeds)) for _ in range(4 * workers))
+        pending = deque(pool.submit(make, next(seeds)) for _ in range(4 * workers))
         while True:
             sample = pending.popleft().result()
-            pending.append(pool.submit(make_sample, next(seeds)))
+            pending.append(pool.submit(make, next(seeds)))
             if sample is not None:
                 yield sample
     finally:

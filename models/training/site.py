@@ -17,8 +17,10 @@ import numpy as np
 from scipy import ndimage
 
 from models.condition import Conditions, vector
-from models.preprocess import Comparison, Prepared, local_statistics
-from models.training.samples import Block, quiet_brain
+from models.preprocess import Comparison, Prepared, compare, local_statistics
+from models.quality import judge_comparison, refused
+from models.training.phantom import make_phantom
+from models.training.samples import Block, quiet_brain, scaled, usable
 from models.volume import Array, Mask
 
 SLOPE, EVEN_T = 2 * log(99) / 3, 2.5  # of the logit of p, and the t at which p = 0.5: p(1) = 0.01, p(4) = 0.99
@@ -83,6 +85,28 @@ def make_block(low: Prepared, standard: Prepared, conditions: Conditions) -> Blo
         quiet_brain(truth, brain, spacing_mm),
         vector(conditions),
     )
+
+
+def simulated_block(seed: int, *, masked: bool) -> Block | None:
+    """A simulated block that knows no more of the truth than a site: the standard dose as it was acquired.
+
+    Args:
+        seed: as in `make_sample`; the network sees the same.
+        masked: the target of the paper; otherwise its subtraction as it is, where positive.
+
+    Returns:
+        None where the quality gate would refuse either pair.
+    """
+    phantom = make_phantom(seed, standard=True)
+    low = usable(phantom)
+    if low is None or phantom.standard is None:
+        return None
+    brain, spacing_mm = phantom.brain, low.spacing_mm
+    seen = compare(scaled(phantom.pre, brain), scaled(phantom.standard, brain), brain, spacing_mm)
+    if refused(judge_comparison(seen, brain)):
+        return None
+    truth = target(seen.subtraction, brain, spacing_mm) if masked else np.maximum(seen.subtraction, 0)
+    return Block(low.images, truth.astype(np.float16), brain, quiet_brain(truth, brain, spacing_mm), low.condition)
 
 
 def _refuse_less_contrast(

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,18 @@ from torch.nn import functional
 
 from models.training.network import STRIDE, VARIANTS, Network
 from models.training.patches import Held, draw_batch
-from models.training.samples import Block, stream
-from models.training.site import SiteData, cut, padded
+from models.training.samples import Block, make_sample, stream
+from models.training.site import SiteData, cut, padded, simulated_block
 
 FALSE_FIRST, FALSE_WEIGHT = 10.0, 40.0  # weight of false enhancement: at first and in full
 LAST_SEED = 400  # a seed has a million phantoms; evaluation starts at 500 million
 TRAIN_SEED, VALIDATION_SEED = 1_000_000, 900_000_000  # of phantoms; evaluation draws from yet another range
 VALIDATION_SIDE = 96  # voxels of the blocks in which a site's held-out study is judged
+TARGETS: dict[str, Callable[[int], Block | None]] = {  # what the truth of a simulated study is
+    "truth": make_sample,  # contrast enhancement without noise, which no scanner can measure
+    "masked": partial(simulated_block, masked=True),  # what a site has, and the paper makes of it
+    "measured": partial(simulated_block, masked=False),  # what a site has
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class Config:
 
     variant: str = "small"
     conditioned: bool = True  # else nothing of the acquisition is told: the baseline of conditioning
+    target: str = "truth"  # one of TARGETS; a site's own studies have theirs
     steps: int = 7000
     batch: int = 2
     patch: int = 40
@@ -115,11 +122,15 @@ def train(
         Path of the checkpoint.
 
     Raises:
-        ValueError: the seed is out of range, or a checkpoint belongs to another configuration, variant or architecture,
-            or never learned from the conditions that this run is told.
+        ValueError: the seed is out of range, the target is unknown or not a site's, or a checkpoint belongs to another
+            configuration, variant or architecture, or never learned from the conditions that this run is told.
     """
     if not 1 <= config.seed <= LAST_SEED:
         raise ValueError(f"the seed must be from 1 to {LAST_SEED}: others would meet evaluation studies")
+    if config.target not in TARGETS:
+        raise ValueError(f"known targets: {', '.join(TARGETS)}")
+    if source and config.target != "truth":
+        raise ValueError("the target is chosen for simulated studies: a site's is what it measured, masked")
     out.mkdir(parents=True, exist_ok=True)
     config = _stated(config, source, start)
     run = _start(config, out, start)
@@ -128,7 +139,7 @@ def train(
         fresh, held = None, [run.hold(padded(one, config.patch)) for one in source.training]
         validation = list(cut(source.validation, VALIDATION_SIDE, STRIDE))
     else:
-        fresh = stream(TRAIN_SEED * config.seed + 10 * run.step, workers)
+        fresh = stream(TRAIN_SEED * config.seed + 10 * run.step, workers, TARGETS[config.target])
         held = [run.hold(next(fresh)) for _ in range(min(config.fill, config.keep))]
         with closing(stream(VALIDATION_SEED, workers)) as judged:
             validation = list(islice(judged, config.validation))
@@ -155,6 +166,8 @@ def train(
 def _stated(config: Config, source: SiteData | None, start: Path | None) -> Config:
     """The configuration with what the network learned from, first to last."""
     data, digest = source.summary if source else "simulated", ""
+    if config.target != "truth":
+        data += f", target: the standard dose as acquired{', masked' if config.target == 'masked' else ''}"
     if not config.conditioned:
         data += ", nothing of the acquisition told"
     if start:

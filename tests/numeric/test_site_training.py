@@ -20,9 +20,9 @@ from models.condition import NAMES
 from models.training.network import VARIANTS, Network
 from models.training.patches import Held
 from models.training.phantom import Scenario, make_phantom
-from models.training.samples import Block, sample_of
-from models.training.site import cut, enhancement_chance, hold_out, padded, target
-from models.training.train import PRESETS, train
+from models.training.samples import Block, make_sample, sample_of
+from models.training.site import cut, enhancement_chance, hold_out, padded, simulated_block, target
+from models.training.train import PRESETS, Config, train
 from models.volume import Array, Mask
 from service.core.errors import Permanent, Reason
 from tests.numeric.phantoms import MPRAGE
@@ -91,6 +91,58 @@ def test_after_a_scan_the_target_is_as_true_as_the_subtraction_and_quiet_where_t
     assert slopes[0] == pytest.approx(slopes[1], abs=0.02)  # what is missing from 1 is residual motion
     assert np.abs(y - truth)[enhancing].mean() < 1.1 * np.abs(z - truth)[enhancing].mean()
     assert np.abs(y - truth)[sample.quiet].mean() < 0.1 * np.abs(z - truth)[sample.quiet].mean()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_phantom_whose_standard_dose_is_acquired_is_otherwise_the_same(*, whole: bool) -> None:
+    alone, both = (make_phantom(4, shape=(40, 40, 40), whole=whole, standard=asked) for asked in (False, True))
+    for name in ("pre", "low", "enhancement"):
+        assert np.array_equal(getattr(alone, name), getattr(both, name))
+    assert alone.standard is None
+    assert both.standard is not None
+
+
+@pytest.fixture(scope="module")
+def told() -> dict[str, Block]:
+    """One study as it is told in training: by the simulator, and by what a site would have."""
+    truth, masked, measured = make_sample(8), simulated_block(8, masked=True), simulated_block(8, masked=False)
+    assert truth
+    assert masked
+    assert measured
+    return {"truth": truth, "masked": masked, "measured": measured}
+
+
+def test_what_a_network_sees_does_not_depend_on_its_target(told: dict[str, Block]) -> None:
+    for other in ("masked", "measured"):
+        assert np.array_equal(told[other].images, told["truth"].images)
+        assert np.array_equal(told[other].condition, told["truth"].condition)
+
+
+def test_a_measured_target_is_true_but_noisy_and_a_masked_one_quiet_where_nothing_enhances(
+    told: dict[str, Block],
+) -> None:
+    truth = told["truth"]
+    images = {name: block.truth.astype(np.float32) for name, block in told.items()}
+    clear, noise = truth.brain & (images["truth"] > 0.3), float(np.median(truth.images[2][truth.brain]))
+    for name in ("masked", "measured"):
+        assert np.polyfit(images["truth"][clear], images[name][clear], 1)[0] == pytest.approx(1, abs=0.1)
+        assert np.corrcoef(images["truth"][clear], images[name][clear])[0, 1] > 0.9
+    expected = noise / np.sqrt(2 * np.pi)  # mean of the positive part of noise
+    assert images["measured"][truth.quiet].mean() == pytest.approx(expected, rel=0.3)
+    assert images["masked"][truth.quiet].mean() < 0.1 * expected
+
+
+def test_a_target_that_is_unknown_or_not_a_sites_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="known targets: truth, masked, measured"):
+        train(Config(target="wish"), tmp_path / "run")
+    with pytest.raises(ValueError, match="a site's is what it measured"):
+        train(Config(target="masked"), tmp_path / "run", source=hold_out([tiny(0.2), tiny(0.2)], 1))
+
+
+def test_a_run_on_another_target_says_so(tmp_path: Path) -> None:
+    train(replace(PRESETS["smoke"], steps=1, validation=0, target="masked"), tmp_path / "run")
+    said = json.loads((tmp_path / "run" / "config.json").read_text())["data"]
+    assert said == "simulated, target: the standard dose as acquired, masked"
 
 
 def test_a_block_smaller_than_a_patch_is_padded_and_one_larger_is_cut_to_cover_the_brain() -> None:

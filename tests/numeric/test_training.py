@@ -84,6 +84,7 @@ def test_runs_that_do_not_fit_together_are_not_averaged(tmp_path: Path) -> None:
     first = random_checkpoint(tmp_path / "first.pt")
     site = random_checkpoint(tmp_path / "site.pt", data="simulated, started from 9 steps on: site: 3 studies")
     blind = random_checkpoint(tmp_path / "blind.pt", conditioned=False)
+    masked = random_checkpoint(tmp_path / "masked.pt", target="masked")
     stranger = random_checkpoint(tmp_path / "stranger.pt", seed=2)
     saved = torch.load(first, weights_only=True)
     del saved["average"]["head.bias"]
@@ -91,6 +92,7 @@ def test_runs_that_do_not_fit_together_are_not_averaged(tmp_path: Path) -> None:
     for others, says in (
         ([site], "site's studies"),
         ([blind], "another kind"),
+        ([masked], "another kind"),
         ([tmp_path / "older.pt"], "another kind"),
         ([stranger], "did not start"),
         ([first], "twice"),
