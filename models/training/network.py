@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ CLEAR = 3.0  # signal-to-noise ratio, after smoothing, at which an untrained net
 NOISE_LEFT = slice(NAMES.index("log_noise_left_1"), NAMES.index("log_noise_left_3") + 1)
 GateOffset = tuple[float, float, float]  # at a noise of 0.03 of white matter, more for each factor e of noise, at most
 NO_OFFSET: GateOffset = (0.0, 0.0, 0.0)
+FULL_RESOLUTION = ("stem", "enter.0", "leave.0", "head", "embed")  # names of its weights, and of what all levels share
 STRIDE = 4  # volumes are padded to a multiple of this
 
 
@@ -48,8 +50,8 @@ VARIANTS = {"small": Architecture(), "base": Architecture((32, 64, 128), (2, 2, 
 class ChannelNorm(nn.Module):
     """Every voxel's channels over their root mean square, with a learned gain per channel.
 
-    It keeps sums of residual blocks from growing until an activation is shut for good (ADR 15). No voxel sees another,
-    so tiles agree.
+    What follows no longer sees how large a sum of residual blocks has grown: that had shut activations (ADR 15).
+    No voxel sees another, so tiles agree.
     """
 
     def __init__(self, width: int) -> None:
@@ -58,7 +60,8 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, c, k, j, i) to the same."""
-        return x * torch.rsqrt((x * x).mean(1, keepdim=True) + 1e-2) * self.gain
+        x = x / 16  # a square of 256 and more is no number in half precision
+        return x * torch.rsqrt((x * x).mean(1, keepdim=True) + 1e-2 / 256) * self.gain
 
 
 class Block(nn.Module):
@@ -80,6 +83,33 @@ class Block(nn.Module):
         return x + self.second(hidden)
 
 
+class Level(nn.Module):
+    """The residual blocks of a resolution on one way; the full resolution, the most costly, needs no norm."""
+
+    def __init__(self, architecture: Architecture, level: int) -> None:
+        super().__init__()
+        width, normed = architecture.widths[level], level > 0
+        self.blocks = nn.ModuleList(
+            Block(width, architecture.embedding, normed=normed) for _ in range(architecture.blocks[level])
+        )
+        self.norm = ChannelNorm(width) if normed else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """(n, c, k, j, i) and (n, e) to (n, c, k, j, i)."""
+        for block in self.blocks:
+            x = block(x, embedding)
+        return functional.silu(self.norm(x))
+
+
+class Parts(NamedTuple):
+    """What a prediction is made of, each (n, 1, k, j, i), and what training asks of the coarse levels."""
+
+    signal: Tensor  # if there is any, not negative
+    gate: Tensor  # logit of the chance that there is, before the operating point, judged together with its neighbours
+    bound: Tensor
+    coarse: tuple[Tensor, Tensor]  # (n, 2, ...), signal and logit, at half and quarter resolution on the way back
+
+
 class Network(nn.Module):
     """Contrast signal from the subtraction image, the pre-contrast image, local noise and the acquisition."""
 
@@ -93,8 +123,9 @@ class Network(nn.Module):
         self.stem = nn.Conv3d(11, a, 3, padding=1)
         self.down_1, self.down_2 = nn.Conv3d(a, b, 2, stride=2), nn.Conv3d(b, c, 2, stride=2)
         self.up_2, self.up_1 = nn.ConvTranspose3d(c, b, 2, stride=2), nn.ConvTranspose3d(b, a, 2, stride=2)
-        self.enter = nn.ModuleList(_blocks(architecture, level) for level in (0, 1, 2))
-        self.leave = nn.ModuleList(_blocks(architecture, level) for level in (0, 1))
+        self.enter = nn.ModuleList(Level(architecture, level) for level in (0, 1, 2))
+        self.leave = nn.ModuleList(Level(architecture, level) for level in (0, 1))
+        self.told = nn.ModuleList(nn.Conv3d(width, 2, 1) for width in (b, c))  # asked in training alone (ADR 16)
         self.head = nn.Conv3d(a, 8, 3, padding=1)
         for start in self.head.parameters():  # and the network as a smoothed, gated linear amplification
             nn.init.zeros_(start)
@@ -112,14 +143,19 @@ class Network(nn.Module):
         """Load weights.
 
         Raises:
-            ValueError: they are of another architecture, such as one before coarse levels were normed (ADR 15).
+            ValueError: they are of another architecture, such as one before coarse levels were asked (ADR 16).
         """
-        try:
-            self.load_state_dict(weights)
-        except RuntimeError as error:
+        own = self.state_dict()
+        unlike = [
+            name
+            for name in sorted({*own, *weights})
+            if name not in own or name not in weights or own[name].shape != weights[name].shape
+        ]
+        if unlike:
             raise ValueError(
-                f"the weights are of another architecture: {str(error).splitlines()[1].strip()}"
-            ) from error
+                f"the weights are of another architecture: {len(unlike)} do not fit, the first is {unlike[0]}"
+            )
+        self.load_state_dict(weights)
 
     def forward(self, images: Tensor, condition: Tensor) -> Tensor:
         """Predict.
@@ -140,16 +176,11 @@ class Network(nn.Module):
 
     def unbounded(self, images: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """The prediction before the bound, and the bound; both (n, 1, k, j, i) and non-negative."""
-        level, gate, bound = self.parts(images, condition)
-        return torch.sigmoid(gate - self._strictness(condition)) * level, bound
+        signal, gate, bound, _ = self.parts(images, condition)
+        return torch.sigmoid(gate - self._strictness(condition)) * signal, bound
 
-    def parts(self, images: Tensor, condition: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What a prediction is made of, each (n, 1, k, j, i).
-
-        Returns:
-            Signal if there is any, not negative; logit of the chance that there is, before the operating point, judged
-            together with its neighbours; bound.
-        """
+    def parts(self, images: Tensor, condition: Tensor) -> Parts:
+        """What a prediction of `unbounded` is made of."""
         bounding = dose_fraction(condition)[:, None, None, None, None]
         if not self.conditioned:
             condition = condition * self.kept
@@ -164,13 +195,14 @@ class Network(nn.Module):
         left = functional.pad(torch.exp(condition[:, NOISE_LEFT]), (1, 0), value=1.0)[:, :, None, None, None]
         clarity = measured / (torch.clamp(noise, min=1e-3) * left)
         seen = torch.cat([torch.tanh(amplified / 2) * 2, torch.tanh(clarity / 6) * 3, pre, 5 * noise, noise / dose], 1)
-        out = self.head(self._body(seen, self.embed(condition)))
+        features, coarse = self._body(seen, self.embed(condition))
+        out = self.head(features)
         linear = (torch.softmax(out[:, 0:4] + self.mix, 1) * amplified).sum(1, keepdim=True)
         share, gain, own, gate = out[:, 4:5], out[:, 5:6], out[:, 6:7], out[:, 7:8]
-        level = torch.sigmoid(share + 3) * linear * torch.exp(0.5 * torch.tanh(gain)) + own
+        signal = torch.sigmoid(share + 3) * linear * torch.exp(0.5 * torch.tanh(gain)) + own
         prior = 2 * (clarity[:, 1:].amax(1, keepdim=True) - CLEAR)
         gate = self._blur(self._blur(gate + torch.clamp(prior, -6, 6), 1), 1)  # in one voxel alone it is mostly noise
-        return functional.relu(level), gate, bound
+        return Parts(functional.relu(signal), gate, bound, coarse)
 
     def _strictness(self, condition: Tensor) -> Tensor:
         """(n, 1, 1, 1, 1): what is taken from the logit of the gate; noise is what opens it falsely."""
@@ -178,30 +210,19 @@ class Network(nn.Module):
         log_noise = condition[:, LOG_SIGMA, None, None, None, None]
         return torch.clamp(offset + per_log_noise * log_noise, 0.0, most)
 
-    def _body(self, seen: Tensor, embedding: Tensor) -> Tensor:
-        full = self._run(self.enter[0], self.stem(seen), embedding)
-        half = self._run(self.enter[1], self.down_1(full), embedding)
-        quarter = self._run(self.enter[2], self.down_2(half), embedding)
-        half = self._run(self.leave[1], half + self.up_2(quarter), embedding)
-        return self._run(self.leave[0], full + self.up_1(half), embedding)
-
-    @staticmethod
-    def _run(blocks: nn.Module, x: Tensor, embedding: Tensor) -> Tensor:
-        for block in blocks:  # type: ignore[attr-defined]
-            x = block(x, embedding)
-        return functional.silu(x)
+    def _body(self, seen: Tensor, embedding: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        full = self.enter[0](self.stem(seen), embedding)
+        half = self.enter[1](self.down_1(full), embedding)
+        quarter = self.enter[2](self.down_2(half), embedding)
+        half = self.leave[1](half + self.up_2(quarter), embedding)
+        features = self.leave[0](full + self.up_1(half), embedding)
+        return features, (self.told[0](half), self.told[1](quarter))
 
     def _blur(self, z: Tensor, dilation: int) -> Tensor:
         """3x3x3 binomial with its taps `dilation` voxels apart, edges replicated."""
         padded = functional.pad(z, (dilation,) * 6, mode="replicate")
         with torch.autocast(z.device.type, enabled=False):  # the bound is exact whatever the precision of the body
             return functional.conv3d(padded, self.binomial, dilation=dilation)  # type: ignore[arg-type]
-
-
-def _blocks(architecture: Architecture, level: int) -> nn.ModuleList:
-    """The residual blocks of a level on one way; those at full resolution, the most costly, need no norm."""
-    width, count = architecture.widths[level], architecture.blocks[level]
-    return nn.ModuleList(Block(width, architecture.embedding, normed=level > 0) for _ in range(count))
 
 
 def dose_fraction(condition: Tensor) -> Tensor:

@@ -92,10 +92,11 @@ def simulated_block(seed: int, *, masked: bool) -> Block | None:
 
     Args:
         seed: as in `make_sample`; the network sees the same.
-        masked: the target of the paper; otherwise its subtraction as it is, where positive.
+        masked: the target of the paper; otherwise its subtraction as it is, where positive. What counts as quiet brain
+            follows from the mask either way: without it noise would leave none.
 
     Returns:
-        None where the quality gate would refuse either pair.
+        None where the quality gate would refuse either pair; the further checks of a site's triplets are not made.
     """
     phantom = make_phantom(seed, standard=True)
     low = usable(phantom)
@@ -105,8 +106,9 @@ def simulated_block(seed: int, *, masked: bool) -> Block | None:
     seen = compare(scaled(phantom.pre, brain), scaled(phantom.standard, brain), brain, spacing_mm)
     if refused(judge_comparison(seen, brain)):
         return None
-    truth = target(seen.subtraction, brain, spacing_mm) if masked else np.maximum(seen.subtraction, 0)
-    return Block(low.images, truth.astype(np.float16), brain, quiet_brain(truth, brain, spacing_mm), low.condition)
+    kept = target(seen.subtraction, brain, spacing_mm)
+    truth = kept if masked else np.maximum(seen.subtraction, 0)
+    return Block(low.images, truth.astype(np.float16), brain, quiet_brain(kept, brain, spacing_mm), low.condition)
 
 
 def _refuse_less_contrast(

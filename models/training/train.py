@@ -10,7 +10,7 @@ import csv
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from models.training.network import STRIDE, VARIANTS, Network
+from models.training.network import FULL_RESOLUTION, STRIDE, VARIANTS, Network
 from models.training.patches import Held, draw_batch
 from models.training.samples import Block, make_sample, stream
 from models.training.site import SiteData, cut, padded, simulated_block
 
 FALSE_FIRST, FALSE_WEIGHT = 10.0, 40.0  # weight of false enhancement: at first and in full
+COARSE_WEIGHT = 0.5  # of what the coarse levels say
 LAST_SEED = 400  # a seed has a million phantoms; evaluation starts at 500 million
 TRAIN_SEED, VALIDATION_SEED = 1_000_000, 900_000_000  # of phantoms; evaluation draws from yet another range
 VALIDATION_SIDE = 96  # voxels of the blocks in which a site's held-out study is judged
@@ -50,6 +51,7 @@ class Config:
     batch: int = 2
     patch: int = 40
     rate: float = 1e-3
+    full_share: float = 1.0  # of the rate at full resolution; at 0 its weights stay, and only `coarse_loss` is learned
     warm_up: int = 200  # steps over which the rate rises
     false_full_at: int = 3000  # steps over which the weight of false enhancement rises; in full at once if 0
     fill: int = 16  # blocks simulated before the first step
@@ -68,17 +70,18 @@ PRESETS = {
     "small-cpu": Config(),
     "small-gpu": Config(steps=15100, batch=16, patch=48, keep=1000, refresh=14, validation=16),
     "small-tune": Config(  # goes on from the averaged weights of another run
-        steps=240,
-        batch=12,
+        steps=450,
+        batch=6,
         patch=48,
-        rate=4e-4,
-        warm_up=50,
+        rate=5e-4,
+        full_share=0.3,
+        warm_up=30,
         false_full_at=0,
-        fill=200,
+        fill=330,
         keep=400,
-        refresh=8,
+        refresh=2,
         ema=0.99,
-        seed=9,
+        seed=14,
     ),
     "base-gpu": Config(variant="base", steps=40000, batch=16, patch=64, keep=800, refresh=1, validation=24),
 }
@@ -166,6 +169,8 @@ def train(
 def _stated(config: Config, source: SiteData | None, start: Path | None) -> Config:
     """The configuration with what the network learned from, first to last."""
     data, digest = source.summary if source else "simulated", ""
+    if not config.full_share:
+        data += ", coarse levels alone"
     if config.target != "truth":
         data += f", target: the standard dose as acquired{', masked' if config.target == 'masked' else ''}"
     if not config.conditioned:
@@ -189,7 +194,12 @@ def _start(config: Config, out: Path, start: Path | None) -> _Run:
     network, average = (Network(VARIANTS[config.variant], conditioned=config.conditioned).to(device) for _ in range(2))
     network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     average.load_state_dict(network.state_dict())
-    run = _Run(network, average, torch.optim.AdamW(network.parameters(), lr=config.rate, weight_decay=1e-4), device)
+    full = [weight for name, weight in network.named_parameters() if name.startswith(FULL_RESOLUTION)]
+    for weight in full:
+        weight.requires_grad_(config.full_share > 0)
+    coarse = [weight for name, weight in network.named_parameters() if not name.startswith(FULL_RESOLUTION)]
+    groups = [{"params": coarse, "share": 1.0}, {"params": full, "share": config.full_share}]
+    run = _Run(network, average, torch.optim.AdamW(groups, lr=config.rate, weight_decay=1e-4), device)
     path = out / "checkpoint.pt"
     if path.exists():
         saved = torch.load(path, map_location=device, weights_only=True)
@@ -230,13 +240,17 @@ def _step(run: _Run, config: Config, held: list[Held]) -> Tensor:
     layers, condition = draw_batch(held, config.batch, config.patch, rng)
     images, targets = layers[:, :3].contiguous(memory_format=torch.channels_last_3d), layers[:, 3:]
     for group in run.optimizer.param_groups:
-        group["lr"] = config.rate * _schedule(run.step, config)
+        group["lr"] = config.rate * group["share"] * _schedule(run.step, config)
     with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=config.mixed):
-        level, gate, bound = (part.float() for part in run.network.parts(images, condition))
-    risen = min(1.0, run.step / config.false_full_at) if config.false_full_at else 1.0
-    false_weight = FALSE_FIRST + (FALSE_WEIGHT - FALSE_FIRST) * risen
-    regions = targets.split(1, dim=1)
-    value = loss(torch.sigmoid(gate) * level, bound, *regions, false_weight=false_weight) + gate_loss(gate, *regions)
+        parts = run.network.parts(images, condition)
+    value = COARSE_WEIGHT * coarse_loss(parts.coarse, targets)
+    if config.full_share:
+        signal, gate, bound = parts.signal.float(), parts.gate.float(), parts.bound.float()
+        risen = min(1.0, run.step / config.false_full_at) if config.false_full_at else 1.0
+        false_weight = FALSE_FIRST + (FALSE_WEIGHT - FALSE_FIRST) * risen
+        regions = targets.split(1, dim=1)
+        value = value + loss(torch.sigmoid(gate) * signal, bound, *regions, false_weight=false_weight)
+        value = value + gate_loss(gate, *regions)
     run.optimizer.zero_grad(set_to_none=True)
     value.backward()
     torch.nn.utils.clip_grad_norm_(run.network.parameters(), 0.5)
@@ -275,13 +289,36 @@ def loss(
     y = torch.minimum(raw, bound)
     error = (y - truth) * scale
     enhancing = torch.clamp(truth / 0.1, 0, 1)
-    weight = (1 + 4 * enhancing) * (0.3 + 0.7 * brain)
-    robust = torch.sqrt(error**2 + 4e-4) - 0.02
+    robust = _weighted_error(y, truth, brain)
     bias = functional.avg_pool3d(error * enhancing, 4).abs()
     false = quiet * functional.relu(y - 0.05)
     excess = functional.relu(raw - bound) * scale
     slope = _slope_error(y, truth, brain * enhancing)
-    return torch.mean(weight * robust + false_weight * false + 0.1 * excess) + 8 * torch.mean(bias) + 0.1 * slope
+    return robust + torch.mean(false_weight * false + 0.1 * excess) + 8 * torch.mean(bias) + 0.1 * slope
+
+
+def _weighted_error(y: Tensor, truth: Tensor, brain: Tensor) -> Tensor:
+    """Mean Charbonnier error over sqrt(1 + truth), heavier where it enhances, a third outside the brain."""
+    error = (y - truth) * torch.rsqrt(1 + truth)
+    weight = (1 + 4 * torch.clamp(truth / 0.1, 0, 1)) * (0.3 + 0.7 * brain)
+    return torch.mean(weight * (torch.sqrt(error**2 + 4e-4) - 0.02))
+
+
+def coarse_loss(told: Sequence[Tensor], targets: Tensor) -> Tensor:
+    """Error and cross-entropy of what the coarse levels say themselves, against targets averaged to their resolution.
+
+    Where their gradient came through the full resolution alone, they faded or died before they were of use (ADR 16).
+
+    Args:
+        told: (n, 2, ...) at half and quarter resolution: signal, and logit of the chance that there is.
+        targets: (n, 3, k, j, i): truth, brain and quiet brain, as in `loss`.
+    """
+    total = targets.new_zeros(())
+    for fewer, said in zip((2, 4), told, strict=True):
+        truth, brain, quiet = functional.avg_pool3d(targets, fewer).split(1, dim=1)
+        signal, logit = said.float().split(1, dim=1)
+        total = total + _weighted_error(signal, truth, brain) + gate_loss(logit, truth, brain, quiet)
+    return total
 
 
 def gate_loss(gate: Tensor, truth: Tensor, brain: Tensor, quiet: Tensor) -> Tensor:

@@ -130,6 +130,8 @@ def test_a_measured_target_is_true_but_noisy_and_a_masked_one_quiet_where_nothin
     expected = noise / np.sqrt(2 * np.pi)  # mean of the positive part of noise
     assert images["measured"][truth.quiet].mean() == pytest.approx(expected, rel=0.3)
     assert images["masked"][truth.quiet].mean() < 0.1 * expected
+    assert np.array_equal(told["measured"].quiet, told["masked"].quiet)
+    assert (told["measured"].quiet & truth.quiet).sum() > 0.8 * truth.quiet.sum()
 
 
 def test_a_target_that_is_unknown_or_not_a_sites_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -26,14 +27,24 @@ from models.training.average import average
 from models.training.curves import draw_curves
 from models.training.evaluate import TEST_SEED, held_out, interval, score, usable_seeds
 from models.training.export import HALO, TOLERANCE, ParityError, export, load_network
-from models.training.network import STRIDE, VARIANTS, Network
+from models.training.network import FULL_RESOLUTION, STRIDE, VARIANTS, ChannelNorm, Network
 from models.training.network import Block as NetworkBlock
 from models.training.patches import Held
 from models.training.samples import Block, Sample, make_sample, quiet_brain
-from models.training.train import FALSE_WEIGHT, LAST_SEED, PRESETS, TRAIN_SEED, VALIDATION_SEED, gate_loss, loss, train
+from models.training.train import (
+    FALSE_WEIGHT,
+    LAST_SEED,
+    PRESETS,
+    TRAIN_SEED,
+    VALIDATION_SEED,
+    coarse_loss,
+    gate_loss,
+    loss,
+    train,
+)
 from models.volume import Array
 
-TINY = replace(PRESETS["smoke"], steps=2)
+TINY = replace(PRESETS["smoke"], steps=2, full_share=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +69,10 @@ def test_the_weights_to_start_from_fit_the_network_and_tell_where_they_come_from
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     others = "120 steps of seed 21, 400 steps of seed 9, 240 steps of seed 9"
     stages = (500, 300, 280, 500, 440, 200, 15100)
-    earlier = f"simulated, started from 240 steps on: simulated, weights averaged with those of 3 more ({others}), "
+    earlier = "simulated, started from 450 steps on: simulated (studies of seeds 4 to 9; those of 4 to 7 by earlier "
+    earlier += "states of the simulator), weights averaged with those of 1 more (1100 steps of seed 13), "
+    earlier += "started from 1100 steps on: simulated, started from 400 steps on: simulated, coarse levels alone, "
+    earlier += f"started from 240 steps on: simulated, weights averaged with those of 3 more ({others}), "
     earlier += "".join(f"started from {steps} steps on: simulated, " for steps in stages)
     assert saved["config"]["data"] == earlier.removesuffix(", ")
     assert all(weights.dtype is torch.float32 for weights in saved["average"].values())
@@ -107,9 +121,9 @@ def test_runs_that_do_not_fit_together_are_not_averaged(tmp_path: Path) -> None:
 def test_weights_of_another_architecture_are_refused_by_name(tmp_path: Path) -> None:
     path = random_checkpoint(tmp_path / "older.pt")
     saved = torch.load(path, weights_only=True)
-    del saved["average"]["enter.1.0.norm.gain"]  # as before coarse levels were normed
+    del saved["average"]["enter.1.norm.gain"]  # as before coarse levels had a norm at their end
     torch.save(saved, path)
-    with pytest.raises(ValueError, match=r"another architecture.*enter\.1\.0\.norm\.gain"):
+    with pytest.raises(ValueError, match=r"another architecture.*1 do not fit, the first is enter\.1\.norm\.gain"):
         export(path, tmp_path / "model", model_id="older", preset="none")
     with pytest.raises(ValueError, match="another architecture"):
         train(TINY, tmp_path / "run", report=lambda _: None, start=path)
@@ -124,6 +138,11 @@ def test_a_coarse_block_adds_the_same_however_large_its_input_has_grown() -> Non
     assert torch.allclose(added[0], added[1], atol=1e-6)
 
 
+def test_a_norm_gives_the_same_in_half_precision_up_to_sums_of_thousands() -> None:
+    norm, x = ChannelNorm(48), 1000 * torch.randn(1, 48, 4, 4, 4)
+    assert torch.allclose(norm.half()(x.half()).float(), norm.float()(x), atol=0.01)
+
+
 def random_block(*, normed: bool) -> NetworkBlock:
     block = NetworkBlock(16, 8, normed=normed).double()
     with torch.no_grad():
@@ -132,25 +151,32 @@ def random_block(*, normed: bool) -> NetworkBlock:
     return block
 
 
-def test_the_coarse_levels_of_the_weights_to_start_from_are_alive() -> None:
+@torch.no_grad()
+def test_the_coarse_levels_of_the_weights_to_start_from_tell_enhancement_and_are_heard() -> None:
     with as_file(files("models.training") / "start" / "small-tune.pt") as path:
         network, _ = load_network(path)
     sample = make_sample(3, shape=(40, 40, 40))
     assert sample is not None
-    images = torch.from_numpy(sample.images.astype(np.float32))[None]
-    level, gate, _ = network.parts(images, torch.from_numpy(sample.condition)[None])
-    (slope,) = torch.autograd.grad((level + gate).sum(), [network.up_1.weight])
-    assert (slope.abs().amax(dim=(1, 2, 3, 4)) > 0).all()  # of every channel at half resolution
+    seen = torch.from_numpy(sample.images.astype(np.float32))[None], torch.from_numpy(sample.condition)[None]
+    parts = network.parts(*seen)
+    for fewer, said in zip((2, 4), parts.coarse, strict=True):
+        regions = [sample.truth, sample.brain, sample.quiet]
+        layers = torch.from_numpy(np.stack([region.astype(np.float32) for region in regions]))
+        truth, brain, quiet = torch.nn.functional.avg_pool3d(layers, fewer)
+        enhancing = said[0, 1][(truth > 0.1) & (brain == 1)]
+        assert torch.quantile(said[0, 1][quiet == 1], 0.99) < torch.median(enhancing)
+    network.up_1.weight.zero_()
+    assert (network.parts(*seen).gate - parts.gate).std() > 0.3
 
 
 def reach(network: Network) -> int:
     """How far away, in voxels, an input can be that an output depends on."""
     places = range(60, 60 + STRIDE)
     images = torch.rand(1, 3, 4, 4, 124 + STRIDE, dtype=torch.float64, requires_grad=True)
-    level, gate, _ = network.parts(images, torch.zeros(1, len(NAMES), dtype=torch.float64))
+    parts = network.parts(images, torch.zeros(1, len(NAMES), dtype=torch.float64))
     farthest = 0
     for place in places:
-        (slope,) = torch.autograd.grad((level + gate)[..., place].sum(), images, retain_graph=True)
+        (slope,) = torch.autograd.grad((parts.signal + parts.gate)[..., place].sum(), images, retain_graph=True)
         at = slope.abs().sum(dim=(0, 1, 2, 3)).nonzero()
         farthest = max(farthest, place - int(at.min()), int(at.max()) - place)
     return farthest
@@ -282,6 +308,14 @@ def test_the_half_precision_network_is_half_as_large_and_keeps_the_bound_exactly
     assert (signal <= bound * (1 + 1e-6) + 1e-6).all()
 
 
+def test_what_the_coarse_levels_are_asked_in_training_is_not_exported(both: Path) -> None:
+    for name in ("model.onnx", "model-fp16.onnx"):
+        graph = onnx.load(both / name).graph
+        names = {one.name for one in graph.initializer} | {name for node in graph.node for name in node.output}
+        assert any("up_1" in name for name in names)
+        assert not any("told" in name for name in names)
+
+
 def test_exporting_again_without_half_precision_leaves_none_behind(tmp_path: Path) -> None:
     checkpoint = random_checkpoint(tmp_path / "checkpoint.pt")
     for half in (True, False):
@@ -402,9 +436,32 @@ def test_one_clear_voxel_among_noise_does_not_open_its_gate_by_itself() -> None:
     solid = images.clone()
     solid[0, 0, 2:7, 2:7, 2:7] = 0.3
     with torch.no_grad():
-        alone, among = (torch.sigmoid(network.parts(seen, condition)[1])[0, 0, 4, 4, 4] for seen in (images, solid))
+        alone, among = (torch.sigmoid(network.parts(seen, condition).gate)[0, 0, 4, 4, 4] for seen in (images, solid))
     assert alone < 0.1
     assert among > 0.99
+
+
+def test_what_a_coarse_level_says_costs_nothing_only_where_it_is_the_truth() -> None:
+    targets = torch.zeros(1, 3, 8, 8, 8)
+    targets[:, 0, :4], targets[:, 1], targets[:, 2, 4:] = 0.5, 1, 1  # one half enhances, the other is quiet
+    truth = [torch.nn.functional.avg_pool3d(targets[:, :1], fewer) for fewer in (2, 4)]
+    right = [torch.cat([signal, 40 * (signal - 0.25)], 1) for signal in truth]
+    assert coarse_loss(right, targets) < 1e-3
+    for level in (0, 1):
+        for channel in (0, 1):
+            wrong = [said.clone() for said in right]
+            wrong[level][:, channel] *= -1
+            assert coarse_loss(wrong, targets) > 0.1
+
+
+def test_a_share_of_nothing_leaves_the_full_resolution_as_it_was(tmp_path: Path) -> None:
+    begun = random_checkpoint(tmp_path / "begun.pt")
+    config = replace(PRESETS["smoke"], steps=1, validation=0, full_share=0.0)
+    train(config, tmp_path / "run", start=begun, report=lambda _: None)
+    before, after = (torch.load(path, weights_only=True)["average"] for path in (begun, tmp_path / "run/checkpoint.pt"))
+    changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert not {name for name in changed if name.startswith(FULL_RESOLUTION)}
+    assert {"down_1.weight", "enter.2.blocks.0.first.weight", "told.0.weight"} <= changed
 
 
 def test_a_gate_that_is_shut_over_a_lesion_still_learns_to_open() -> None:
