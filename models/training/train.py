@@ -128,12 +128,7 @@ def train(
         ValueError: the seed is out of range, the target is unknown or not a site's, or a checkpoint belongs to another
             configuration, variant or architecture, or never learned from the conditions that this run is told.
     """
-    if not 1 <= config.seed <= LAST_SEED:
-        raise ValueError(f"the seed must be from 1 to {LAST_SEED}: others would meet evaluation studies")
-    if config.target not in TARGETS:
-        raise ValueError(f"known targets: {', '.join(TARGETS)}")
-    if source and config.target != "truth":
-        raise ValueError("the target is chosen for simulated studies: a site's is what it measured, masked")
+    _refuse(config, source)
     out.mkdir(parents=True, exist_ok=True)
     config = _stated(config, source, start)
     run = _start(config, out, start)
@@ -164,6 +159,15 @@ def train(
     if fresh:
         fresh.close()
     return out / "checkpoint.pt"
+
+
+def _refuse(config: Config, source: SiteData | None) -> None:
+    if not 1 <= config.seed <= LAST_SEED:
+        raise ValueError(f"the seed must be from 1 to {LAST_SEED}: others would meet evaluation studies")
+    if config.target not in TARGETS:
+        raise ValueError(f"known targets: {', '.join(TARGETS)}")
+    if source and config.target != "truth":
+        raise ValueError("the target is chosen for simulated studies: a site's is what it measured, masked")
 
 
 def _stated(config: Config, source: SiteData | None, start: Path | None) -> Config:
@@ -285,23 +289,32 @@ def loss(
         quiet: 1 in brain where no signal belongs (`samples.quiet_brain`); all (n, 1, k, j, i).
         false_weight: of false enhancement; in full from the start it closes every gate for good.
     """
-    scale = torch.rsqrt(1 + truth)
     y = torch.minimum(raw, bound)
-    error = (y - truth) * scale
-    enhancing = torch.clamp(truth / 0.1, 0, 1)
-    robust = _weighted_error(y, truth, brain)
-    bias = functional.avg_pool3d(error * enhancing, 4).abs()
+    bias = functional.avg_pool3d(_scaled(y - truth, truth) * _enhancing(truth), 4).abs()
     false = quiet * functional.relu(y - 0.05)
-    excess = functional.relu(raw - bound) * scale
-    slope = _slope_error(y, truth, brain * enhancing)
-    return robust + torch.mean(false_weight * false + 0.1 * excess) + 8 * torch.mean(bias) + 0.1 * slope
+    excess = _scaled(functional.relu(raw - bound), truth)
+    slope = _slope_error(y, truth, brain * _enhancing(truth))
+    return (
+        _weighted_error(y, truth, brain)
+        + torch.mean(false_weight * false + 0.1 * excess)
+        + 8 * torch.mean(bias)
+        + 0.1 * slope
+    )
 
 
 def _weighted_error(y: Tensor, truth: Tensor, brain: Tensor) -> Tensor:
     """Mean Charbonnier error over sqrt(1 + truth), heavier where it enhances, a third outside the brain."""
-    error = (y - truth) * torch.rsqrt(1 + truth)
-    weight = (1 + 4 * torch.clamp(truth / 0.1, 0, 1)) * (0.3 + 0.7 * brain)
-    return torch.mean(weight * (torch.sqrt(error**2 + 4e-4) - 0.02))
+    weight = (1 + 4 * _enhancing(truth)) * (0.3 + 0.7 * brain)
+    return torch.mean(weight * (torch.sqrt(_scaled(y - truth, truth) ** 2 + 4e-4) - 0.02))
+
+
+def _scaled(difference: Tensor, truth: Tensor) -> Tensor:
+    return difference * torch.rsqrt(1 + truth)
+
+
+def _enhancing(truth: Tensor) -> Tensor:
+    """How much a voxel counts as enhancing; from 0.1 on in full."""
+    return torch.clamp(truth / 0.1, 0, 1)
 
 
 def coarse_loss(told: Sequence[Tensor], targets: Tensor) -> Tensor:
@@ -332,8 +345,7 @@ def gate_loss(gate: Tensor, truth: Tensor, brain: Tensor, quiet: Tensor) -> Tens
         brain: 1 inside the brain.
         quiet: 1 in brain where no signal belongs; what is neither does not count; all (n, 1, k, j, i).
     """
-    enhancing = brain * torch.clamp(truth / 0.1, 0, 1)
-    return torch.mean(enhancing * functional.softplus(-gate) + quiet * functional.softplus(gate))
+    return torch.mean(brain * _enhancing(truth) * functional.softplus(-gate) + quiet * functional.softplus(gate))
 
 
 def _slope_error(y: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
