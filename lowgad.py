@@ -302,7 +302,7 @@ def train(
 
     from models.training.curves import draw_curves
     from models.training.site import hold_out
-    from models.training.train import PRESETS
+    from models.training.train import PRESETS, check
     from models.training.train import train as run_training
     from worker.triplets import read_triplets
 
@@ -313,6 +313,7 @@ def train(
         usual, steps=steps or usual.steps, seed=seed or usual.seed, conditioned=not unconditioned, target=target
     )
     try:
+        check(config, site=data is not None)
         source = hold_out(read_triplets(data, click.echo).blocks, config.seed) if data else None
         run_training(config, out, workers=workers, report=click.echo, source=source, start=start)
         draw_curves(out / "log.csv", out / "curves.png")

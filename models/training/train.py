@@ -128,7 +128,7 @@ def train(
         ValueError: the seed is out of range, the target is unknown or not a site's, or a checkpoint belongs to another
             configuration, variant or architecture, or never learned from the conditions that this run is told.
     """
-    _refuse(config, source)
+    check(config, site=source is not None)
     out.mkdir(parents=True, exist_ok=True)
     config = _stated(config, source, start)
     run = _start(config, out, start)
@@ -161,12 +161,21 @@ def train(
     return out / "checkpoint.pt"
 
 
-def _refuse(config: Config, source: SiteData | None) -> None:
+def check(config: Config, *, site: bool) -> None:
+    """Refuse what no run can be, before any study is read.
+
+    Args:
+        config: the run.
+        site: whether it learns from a site's studies.
+
+    Raises:
+        ValueError: the seed is out of range, or the target is unknown or not a site's.
+    """
     if not 1 <= config.seed <= LAST_SEED:
         raise ValueError(f"the seed must be from 1 to {LAST_SEED}: others would meet evaluation studies")
     if config.target not in TARGETS:
         raise ValueError(f"known targets: {', '.join(TARGETS)}")
-    if source and config.target != "truth":
+    if site and config.target != "truth":
         raise ValueError("the target is chosen for simulated studies: a site's is what it measured, masked")
 
 

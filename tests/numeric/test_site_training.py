@@ -141,6 +141,13 @@ def test_a_target_that_is_unknown_or_not_a_sites_is_refused(tmp_path: Path) -> N
         train(Config(target="masked"), tmp_path / "run", source=hold_out([tiny(0.2), tiny(0.2)], 1))
 
 
+def test_a_sites_studies_are_not_read_for_a_run_that_is_refused_anyway(tmp_path: Path) -> None:
+    empty = tmp_path  # what could be read there fails by another name
+    done = lowgad_train("--data", empty, "--target", "masked", "--out", tmp_path / "run")
+    assert done.exit_code == 1
+    assert "a site's is what it measured" in done.output
+
+
 def test_a_run_on_another_target_says_so(tmp_path: Path) -> None:
     train(replace(PRESETS["smoke"], steps=1, validation=0, target="masked"), tmp_path / "run")
     said = json.loads((tmp_path / "run" / "config.json").read_text())["data"]
