@@ -310,11 +310,16 @@ def train(
         raise click.BadParameter(f"known presets: {', '.join(PRESETS)}", param_hint="--preset")
     usual = PRESETS[preset]
     config = replace(
-        usual, steps=steps or usual.steps, seed=seed or usual.seed, conditioned=not unconditioned, target=target
+        usual,
+        preset=preset,
+        steps=steps or usual.steps,
+        seed=seed or usual.seed,
+        conditioned=not unconditioned,
+        target=target,
     )
     try:
         check(config, site=data is not None)
-        source = hold_out(read_triplets(data, click.echo).blocks, config.seed) if data else None
+        source = hold_out(read_triplets(data, click.echo).patients) if data else None
         run_training(config, out, workers=workers, report=click.echo, source=source, start=start)
         draw_curves(out / "log.csv", out / "curves.png")
     except ValueError as error:
@@ -338,25 +343,14 @@ def average(checkpoints: tuple[Path, ...], out: Path) -> None:
 @click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("folder", type=FOLDER)
 @click.option("--id", "model_id", required=True, help="Name of the model")
-@click.option("--preset", default="small-cpu", show_default=True, help="Of the run, for the card")
-@click.option(
-    "--gate-offset",
-    type=(float, float, float),
-    default=(0.0, 0.0, 0.0),
-    show_default=True,
-    help="Operating point, larger is stricter: at a noise of 0.03, more per factor e of noise, at most",
-)
+@click.option("--gate-offset", default=0.0, show_default=True, help="Operating point: larger is stricter")
 @click.option("--fp16", is_flag=True, help="A half-precision network too, which CUDA then runs")
-def export(
-    checkpoint: Path, folder: Path, model_id: str, preset: str, *, gate_offset: tuple[float, float, float], fp16: bool
-) -> None:
+def export(checkpoint: Path, folder: Path, model_id: str, *, gate_offset: float, fp16: bool) -> None:
     """Export a CHECKPOINT to the model FOLDER and prove it against torch (needs the extra `train`)."""
     from models.training.export import export as run_export
 
     try:
-        difference = run_export(
-            checkpoint, folder, model_id=model_id, preset=preset, gate_offset=gate_offset, half=fp16
-        )
+        difference = run_export(checkpoint, folder, model_id=model_id, gate_offset=gate_offset, half=fp16)
     except ValueError as error:
         raise click.ClickException(str(error)) from None
     click.echo(f"{folder}: largest difference between torch and ONNX Runtime {difference:.1e}")
@@ -368,15 +362,33 @@ def export(
 @click.option("--real", type=STUDY, help="DICOM study of a pair whose truth is known")
 @click.option("--truth", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="truth.npz of --real")
 @click.option("--against", type=FOLDER, multiple=True, help="Another model folder, measured beside it")
+@click.option("--validation", is_flag=True, help="On other studies, to choose by; writes FOLDER/validation alone")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes that simulate")
 def evaluate(
-    folder: Path, studies: int, real: Path | None, truth: Path | None, *, against: tuple[Path, ...], workers: int
+    folder: Path,
+    studies: int,
+    real: Path | None,
+    truth: Path | None,
+    *,
+    against: tuple[Path, ...],
+    validation: bool,
+    workers: int,
 ) -> None:
     """Compare the model in FOLDER with the linear engine and others; write FOLDER/CARD.md and FOLDER/evaluation."""
-    from worker.evaluation import write_card
+    from worker.evaluation import write_card, write_validation
 
-    pair = (real, truth) if real and truth else None
-    write_card(folder, studies=studies, real=pair, say=click.echo, against=against, workers=workers)
+    if (real is None) != (truth is None):
+        raise click.UsageError("--real and --truth belong together")
+    if validation and real:
+        raise click.UsageError("--validation is of simulated studies")
+    try:
+        if validation:
+            write_validation(folder, studies=studies, say=click.echo, against=against, workers=workers)
+        else:
+            pair = (real, truth) if real and truth else None
+            write_card(folder, studies=studies, real=pair, say=click.echo, against=against, workers=workers)
+    except (Permanent, ValueError) as error:
+        raise click.ClickException(str(error)) from None
 
 
 def _settings(environ: Mapping[str, str]) -> Settings:

@@ -39,7 +39,7 @@ class Card:
     preset: str
     steps: int
     seed: int
-    gate_offset: tuple[float, float, float]  # of the gate: at a noise of 0.03, per factor e of noise, at most
+    gate_offset: float  # what is taken from the logit of the gate
     halo_voxels: int  # beyond which voxels do not influence each other
     stride: int  # volumes are padded to multiples of this
     limits: tuple[str, ...]
@@ -80,9 +80,8 @@ def read_card(folder: Path) -> Card:
     if (contract := values.get("contract")) not in {None, CONTRACT_VERSION}:  # another contract may have another card
         raise ModelError(f"model {values.get('id')}: made for contract {contract}, this is {CONTRACT_VERSION}")
     try:
-        offset, per_log_noise, most = values["gate_offset"]
-        lists = {"limits": tuple(values.get("limits", ())), "gate_offset": (offset, per_log_noise, most)}
-        card = Card(**{**values, **lists}, folder=folder)
+        typed = {"limits": tuple(values.get("limits", ())), "gate_offset": float(values["gate_offset"])}
+        card = Card(**{**values, **typed}, folder=folder)
         found = {path.name: (_digest(path), said) for path, said in card.networks.values()}
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise _incomplete(folder, error) from error

@@ -36,7 +36,6 @@ MEASURED = tuple(  # from the images and their grid, and never unknown
 )
 SEQUENCE_NAMES = tuple(name for name in NAMES if name.startswith("sequence_"))
 TIMING_NAMES = NAMES[NAMES.index("log_repetition_time") :]
-LOG_SIGMA = NAMES.index("log_sigma")
 HEADROOM = 1.5  # amplification beyond 1/dose that the bound of the signal allows: looser than any prediction
 UNKNOWN_DOSE_FRACTION = 0.33  # that the bound assumes where the dose is not known
 DOSE_INDEX, DOSE_KNOWN_INDEX = NAMES.index("log_dose_fraction"), NAMES.index("dose_known")

@@ -32,7 +32,7 @@ HIGHEST_FRACTION = 1.5  # of the standard dose, that a standard-dose series may 
 class Triplets:
     """The usable studies, and why the others are not."""
 
-    blocks: tuple[Block, ...]
+    patients: dict[str, list[Block]]  # who it is, to the usable studies
     refused: tuple[tuple[str, Permanent], ...]  # name of the folder, reason
 
 
@@ -43,23 +43,27 @@ def read_triplets(folder: Path, say: Callable[[str], None]) -> Triplets:
         folder: one folder per study, see `read_triplet`.
         say: told one line per study, used or refused.
     """
-    blocks: list[Block] = []
+    patients: dict[str, list[Block]] = {}
     refused: list[tuple[str, Permanent]] = []
     for study in sorted(path for path in folder.iterdir() if path.is_dir()):
         try:
-            blocks.append(read_triplet(study))
+            patient, block = read_triplet(study)
+            patients.setdefault(patient, []).append(block)
             say(f"{study.name}: used")
         except Permanent as error:
             refused.append((study.name, error))
             say(f"{study.name}: refused, {error.reason.name}: {error.detail or error.reason.text}")
-    return Triplets(tuple(blocks), tuple(refused))
+    return Triplets(patients, tuple(refused))
 
 
-def read_triplet(folder: Path) -> Block:
-    """One study as a training block.
+def read_triplet(folder: Path) -> tuple[str, Block]:
+    """One study as a training block, and whose it is.
 
     Args:
         folder: with the subfolders `pre`, `low` and `standard`, all of one study of one patient.
+
+    Returns:
+        Issuer and ID of the patient, or the name of the folder where there is no ID; the block.
 
     Raises:
         Permanent: as `worker.pipeline.run` does for the pair and its likeness; AMBIGUOUS_SERIES when a subfolder holds
@@ -72,9 +76,11 @@ def read_triplet(folder: Path) -> Block:
     _refuse_other_dose(acquisition, read_acquisition(truth))
     prepared, prepared_truth = _prepared(pair, "low"), _prepared(truth, "standard")
     try:
-        return make_block(prepared, prepared_truth, acquisition.conditions(prepared))
+        block = make_block(prepared, prepared_truth, acquisition.conditions(prepared))
     except TripletError as error:
         raise Permanent(Reason.PAIR_NOT_COMPARABLE, str(error)) from error
+    told = [str(pre.header.get(keyword) or "") for keyword in ("IssuerOfPatientID", "PatientID")]
+    return "/".join(told) if told[1] else folder.name, block
 
 
 def _series(folder: Path) -> list[Series]:

@@ -1,64 +1,73 @@
 """What the network makes of its inputs: conditions shuffled or removed, the subtraction removed, and its embedding.
 
-Hides which numbers of the conditioning vector belong together. Must never change a sample in place.
+Hides what belongs together in what a network is told. Must never change a sample in place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from models.agents import AGENTS
-from models.condition import MEASURED, NAMES, SEQUENCE_NAMES, TIMING_NAMES, Conditions, vector
+from models.agents import AGENTS, BY_NAME
+from models.condition import Conditions, vector
 from models.training.samples import Sample
 from models.volume import Array
 
-GROUPS: dict[str, tuple[str, ...]] = {
-    "field strength": ("field", "field_known"),
-    "dose": ("log_dose_fraction", "dose_known"),
-    "agent": ("log_effective_dose", "relaxivity", "agent_known"),
-    "noise": ("log_sigma", "log_noise_left_1", "log_noise_left_2", "log_noise_left_3"),
-    "spacing": ("log_spacing_i", "log_spacing_j", "log_spacing_k"),
-    "sequence": SEQUENCE_NAMES,
-    "timing": TIMING_NAMES,
-    "sequence and timing": (*SEQUENCE_NAMES, *TIMING_NAMES),
+TIMING = ("repetition_time_s", "echo_time_s", "inversion_time_s", "flip_angle_deg")
+GROUPS: dict[str, tuple[str, ...]] = {  # fields of Conditions; what follows from them changes with them
+    "field strength": ("field_strength_t",),
+    "dose": ("dose_mmol_per_kg",),
+    "agent": ("agent",),
+    "noise": ("sigma", "noise_left"),
+    "spacing": ("spacing_mm",),
+    "sequence": ("sequence",),
+    "timing": TIMING,
+    "sequence and timing": ("sequence", *TIMING),
 }
-
-
+MEASURED = ("noise", "spacing")  # and so never unknown
 _NOISE_LEFT = (0.35, 0.25, 0.15)  # of slightly correlated noise
 
 
 def ablations(samples: Sequence[Sample]) -> Iterator[tuple[str, list[Sample]]]:
-    """(What was done, the changed samples), one after the other."""
-    for name, members in [*GROUPS.items(), ("all conditions", NAMES)]:
-        yield f"{name} shuffled", _shuffled(samples, members)
-    for name, members in [*GROUPS.items(), ("all conditions", NAMES)]:
-        if not {*members} <= {*MEASURED}:  # measured: never unknown, and 0 would mean another value
-            yield f"{name} unknown", _unknown(samples, members)
+    """(What was done, the changed samples), one after the other.
+
+    Shuffled: told another study's value; another agent at the same share of its own standard dose. Unknown: told what
+    inference tells where a header lacks it; the dose fraction needs both dose and agent, timing needs the sequence.
+    """
+    everything = tuple(name for names in GROUPS.values() for name in names)
+    for group, names in [*GROUPS.items(), ("all conditions", everything)]:
+        yield f"{group} shuffled", _shuffled(samples, names)
+    known = {group: names for group, names in GROUPS.items() if group not in MEASURED}
+    headers = tuple(name for names in known.values() for name in names)
+    for group, names in [*known.items(), ("all conditions", headers)]:
+        yield f"{group} unknown", [_told(sample, dict.fromkeys(names)) for sample in samples]
     keep = np.array([0, 1, 1], np.float16)[:, None, None, None]
     yield "subtraction removed", [replace(sample, images=sample.images * keep) for sample in samples]
 
 
-def _shuffled(samples: Sequence[Sample], members: Sequence[str]) -> list[Sample]:
-    """Every sample takes these values from another one; the order is seeded and leaves none in its place."""
+def _shuffled(samples: Sequence[Sample], names: Sequence[str]) -> list[Sample]:
+    """Every sample is told these of another one; the order is seeded and leaves none in its place."""
     order = np.random.default_rng(0).permutation(len(samples))
     donor = {int(order[n]): int(order[n - 1]) for n in range(len(order))}
-    at = [NAMES.index(name) for name in members]
-    return [_with(sample, at, samples[donor[n]].condition[at]) for n, sample in enumerate(samples)]
+    return [_told_of(sample, samples[donor[n]].conditions, names) for n, sample in enumerate(samples)]
 
 
-def _unknown(samples: Sequence[Sample], members: Sequence[str]) -> list[Sample]:
-    at = [NAMES.index(name) for name in members if name not in MEASURED]
-    return [_with(sample, at, np.zeros(len(at), np.float32)) for sample in samples]
+def _told_of(sample: Sample, other: Conditions, names: Sequence[str]) -> Sample:
+    told = {name: getattr(other, name) for name in names}
+    fraction = (other if "dose_mmol_per_kg" in told else sample.conditions).dose_fraction
+    agent = told.get("agent", sample.conditions.agent)
+    if fraction is not None and agent is not None:
+        told["dose_mmol_per_kg"] = fraction * BY_NAME[agent].standard_dose_mmol_per_kg
+    return _told(sample, told)
 
 
-def _with(sample: Sample, at: list[int], values: Array) -> Sample:
-    condition = sample.condition.copy()
-    condition[at] = values
-    return replace(sample, condition=condition)
+def _told(sample: Sample, told: Mapping[str, Any]) -> Sample:
+    conditions = replace(sample.conditions, **told)
+    return replace(sample, conditions=conditions, condition=vector(conditions))
 
 
 def condition_grid() -> tuple[list[Conditions], Array]:

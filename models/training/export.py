@@ -20,20 +20,17 @@ import torch
 
 from models.card import RESEARCH_USE
 from models.condition import CONTRACT_VERSION, NAMES
-from models.training.network import NO_OFFSET, STRIDE, VARIANTS, GateOffset, Network
+from models.training.network import STRIDE, VARIANTS, Network
 from models.volume import Array
 
 OPSET = 18
 HALO = {"small": 56, "base": 60}  # what a voxel depends on, in multiples of the stride; a test measures it
 TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3}  # largest difference from torch in fp32; white matter = 1
 SIMULATED = "simulated: ICBM 152 tissue maps, random anatomy, lesions and acquisition (models/training)"
-UNPROVEN = (
-    "no clinical validation: trained on simulated studies, tested on those and on one real pair of simulated dose",
-    "the one real pair of its tables showed what simulated heads lacked (ADR 14): no independent evidence",
-)
-UNPROVEN_SITE = ("no clinical validation: trained on one site's own studies, not tested on any other site's",)
+UNPROVEN = "no clinical validation: trained on simulated studies"
+UNPROVEN_SITE = "no clinical validation: trained on one site's own studies, not tested on any other site's"
 LIMITS = (
-    "lesions below 3 mm are often missed or blurred at doses of a third and less; that limit is physics",
+    "lesions below 3 mm are often missed or blurred at doses of a third and less",
     "weak enhancement, also of a large lesion, can be missing at a third of the dose and less",
     "negative enhancement (T2* shortening) is not predicted",
 )
@@ -70,8 +67,7 @@ def export(
     folder: Path,
     *,
     model_id: str,
-    preset: str,
-    gate_offset: GateOffset = NO_OFFSET,
+    gate_offset: float = 0.0,
     half: bool = False,
 ) -> float:
     """Write a model folder.
@@ -80,10 +76,8 @@ def export(
         checkpoint: of `models.training.train`.
         folder: created; existing files are replaced.
         model_id: name of the model.
-        preset: name of the training preset, for the card.
-        gate_offset: the operating point: what is taken from the logit of the gate at a noise of 0.03, more of it for
-            each factor e of noise, and at most, so that fewer voxels falsely enhance and more are missed. To be chosen
-            on the validation set.
+        gate_offset: the operating point: what is taken from the logit of the gate, so that fewer voxels falsely enhance
+            and more are missed. To be chosen on validation studies.
         half: write model-fp16.onnx, too.
 
     Returns:
@@ -91,11 +85,10 @@ def export(
 
     Raises:
         ParityError: a difference exceeds its tolerance.
-        ValueError: an offset is negative, the one at a noise of 0.03 exceeds the most, or the checkpoint is of another
-            architecture.
+        ValueError: the offset is negative, or the checkpoint is of another architecture.
     """
-    if min(gate_offset) < 0 or gate_offset[0] > gate_offset[2]:
-        raise ValueError(f"a gate offset of {gate_offset} is never reached: none may be negative, the last is the most")
+    if gate_offset < 0:
+        raise ValueError(f"a gate offset of {gate_offset:g} is negative: it would open what training left shut")
     network, config = load_network(checkpoint)
     network.gate_offset = gate_offset
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +99,7 @@ def export(
         written["fp16"] = _write(halved(model), folder / "model-fp16.onnx", network, "fp16")
     else:
         (folder / "model-fp16.onnx").unlink(missing_ok=True)
-    text = _card(model_id, preset, config | {"gate_offset": gate_offset}, written)
+    text = _card(model_id, config | {"gate_offset": gate_offset}, written)
     (folder / "card.toml").write_text(text, encoding="utf-8")
     return written["fp32"].parity
 
@@ -223,9 +216,9 @@ def parity(network: Network, path: Path) -> float:
     return float(np.abs(here - there).max())
 
 
-def _card(model_id: str, preset: str, config: dict[str, object], written: dict[str, _Written]) -> str:
+def _card(model_id: str, config: dict[str, object], written: dict[str, _Written]) -> str:
     data = str(config.get("data", "simulated"))
-    own = data.startswith("site")
+    own = "site:" in data  # also where a stage on simulated studies followed
     values: dict[str, object] = {
         "id": model_id,
         "version": "1",
@@ -236,13 +229,13 @@ def _card(model_id: str, preset: str, config: dict[str, object], written: dict[s
         "variant": config["variant"],
         "training_data": data.replace("simulated", SIMULATED, 1),
         "intended_use": RESEARCH_USE.replace("simulated", "a site's own") if own else RESEARCH_USE,
-        "preset": preset,
+        "preset": config.get("preset") or "own",
         "steps": config["steps"],
         "seed": config["seed"],
         "gate_offset": config["gate_offset"],
         "halo_voxels": HALO[str(config["variant"])],
         "stride": STRIDE,
-        "limits": [*LIMITS, *(UNPROVEN_SITE if own else UNPROVEN)],
+        "limits": [*LIMITS, UNPROVEN_SITE if own else UNPROVEN],
     }
     if "fp16" in written:
         values |= {"sha256_fp16": written["fp16"].sha256, "parity_fp16": _two_digits(written["fp16"].parity)}

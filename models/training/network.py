@@ -21,7 +21,6 @@ from models.condition import (
     DOSE_INDEX,
     DOSE_KNOWN_INDEX,
     HEADROOM,
-    LOG_SIGMA,
     MEASURED,
     NAMES,
     UNKNOWN_DOSE_FRACTION,
@@ -29,8 +28,6 @@ from models.condition import (
 
 CLEAR = 3.0  # signal-to-noise ratio, after smoothing, at which an untrained network opens its gate by half
 NOISE_LEFT = slice(NAMES.index("log_noise_left_1"), NAMES.index("log_noise_left_3") + 1)
-GateOffset = tuple[float, float, float]  # at a noise of 0.03 of white matter, more for each factor e of noise, at most
-NO_OFFSET: GateOffset = (0.0, 0.0, 0.0)
 FULL_RESOLUTION = ("stem", "enter.0", "leave.0", "head", "embed")  # names of its weights, and of what all levels share
 STRIDE = 4  # volumes are padded to a multiple of this
 
@@ -116,7 +113,7 @@ class Network(nn.Module):
     def __init__(self, architecture: Architecture, *, conditioned: bool = True) -> None:
         super().__init__()
         self.conditioned = conditioned  # if not, the graph forgets the acquisition, but for the bound: a baseline
-        self.gate_offset = NO_OFFSET  # the operating point: how much stricter the gate is than it was trained
+        self.gate_offset = 0.0  # the operating point: how much stricter the gate is than it was trained
         a, b, c = architecture.widths
         e = architecture.embedding
         self.embed = nn.Sequential(nn.Linear(len(NAMES), e), nn.SiLU(), nn.Linear(e, e), nn.SiLU())
@@ -177,7 +174,7 @@ class Network(nn.Module):
     def unbounded(self, images: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """The prediction before the bound, and the bound; both (n, 1, k, j, i) and non-negative."""
         signal, gate, bound, _ = self.parts(images, condition)
-        return torch.sigmoid(gate - self._strictness(condition)) * signal, bound
+        return torch.sigmoid(gate - self.gate_offset) * signal, bound
 
     def parts(self, images: Tensor, condition: Tensor) -> Parts:
         """What a prediction of `unbounded` is made of."""
@@ -203,12 +200,6 @@ class Network(nn.Module):
         prior = 2 * (clarity[:, 1:].amax(1, keepdim=True) - CLEAR)
         gate = self._blur(self._blur(gate + torch.clamp(prior, -6, 6), 1), 1)  # in one voxel alone it is mostly noise
         return Parts(functional.relu(signal), gate, bound, coarse)
-
-    def _strictness(self, condition: Tensor) -> Tensor:
-        """(n, 1, 1, 1, 1): what is taken from the logit of the gate; noise is what opens it falsely."""
-        offset, per_log_noise, most = self.gate_offset
-        log_noise = condition[:, LOG_SIGMA, None, None, None, None]
-        return torch.clamp(offset + per_log_noise * log_noise, 0.0, most)
 
     def _body(self, seen: Tensor, embedding: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         full = self.enter[0](self.stem(seen), embedding)

@@ -439,8 +439,7 @@ def _image(anatomy: _Anatomy, scenario: Scenario, rng: np.random.Generator, *, w
     ideal = {dose: (image * bias / level).astype(np.float32) for dose, image in ideal.items()}
     response = _uncertain(ideal[0.0], ideal[scenario.dose_fraction], ideal[1.0], scenario.dose_fraction, rng)
     after = [response, ideal[1.0]] if standard else [response]
-    pre, low, *more = _acquire(ideal[0.0], after, anatomy.brain, scenario, rng, spread=spread, whole=whole)
-    kept = anatomy.brain if scenario.stripped else 1
+    (pre, low, *more), kept = _acquire(ideal[0.0], after, anatomy.brain, scenario, rng, spread=spread, whole=whole)
     return Phantom(
         scenario,
         pre,
@@ -531,10 +530,13 @@ def _acquire(
     *,
     spread: Array,
     whole: bool,
-) -> list[Array]:
+) -> tuple[list[Array], Mask]:
     """Noise on every image; on those after contrast a gain and a residual misalignment, too, each with its own.
 
     What is drawn for the first two does not depend on whether there are more.
+
+    Returns:
+        The images, and what stripping and defacing left of the head: nothing enhances where nothing is.
     """
     shape = pre.shape
     drift = _drift(shape, rng)
@@ -557,7 +559,7 @@ def _acquire(
         gain = _drift(shape, own)
         received = _received(_placed(image, brain, scenario, own), scenario.sigma, blur, g_map, own)
         images.append((received * keep * gain).astype(np.float32))
-    return images
+    return images, brain if scenario.stripped else keep
 
 
 def _drift(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:

@@ -27,6 +27,7 @@ from models.volume import Array, Mask
 Half = npt.NDArray[np.float16]
 QUIET, QUIET_MM = 0.01, 2.5  # of white matter; distance to anything above it
 SPACING = NAMES.index("log_spacing_i")
+TRAIN_SEED, TEST_SEED, VALIDATION_SEED = 1_000_000, 500_000_000, 900_000_000  # first seeds of ranges that never meet
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Sample(Block):
     labels: npt.NDArray[np.int16]
     diameters_mm: tuple[float, ...]
     scenario: Scenario
+    conditions: Conditions  # of which `condition` is the vector
     figures: tuple[Figure, ...]  # of the quality gate, as far as a part of a head has them
 
 
@@ -77,7 +79,7 @@ def sample_of(phantom: Phantom) -> Sample:
     brain, scenario = phantom.brain, phantom.scenario
     pre = scaled(phantom.pre, brain)
     seen = compare(pre, scaled(phantom.low, brain), brain, scenario.spacing_mm)
-    condition = Conditions(
+    conditions = Conditions(
         field_strength_t=scenario.field_strength_t,
         agent=scenario.agent.name,
         dose_mmol_per_kg=scenario.dose_mmol_per_kg,
@@ -93,10 +95,11 @@ def sample_of(phantom: Phantom) -> Sample:
         truth.astype(np.float16),
         brain,
         quiet_brain(truth, brain, scenario.spacing_mm),
-        vector(condition),
+        vector(conditions),
         phantom.lesion_labels.astype(np.int16),
         phantom.lesion_diameters_mm,
         scenario,
+        conditions,
         judge_comparison(seen, brain),
     )
 

@@ -8,7 +8,8 @@ studies of training and validation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import log
@@ -35,10 +36,10 @@ class TripletError(ValueError):
 
 @dataclass(frozen=True)
 class SiteData:
-    """A site's studies, one block for each: those to train on, and the one that is held out."""
+    """A site's studies, one block for each: those to train on, and those of one patient, held out."""
 
     training: tuple[Block, ...]
-    validation: Block
+    validation: tuple[Block, ...]
 
     @property
     def summary(self) -> str:
@@ -47,18 +48,24 @@ class SiteData:
         return f"site: {count} {'study' if count == 1 else 'studies'}"
 
 
-def hold_out(studies: Sequence[Block], seed: int) -> SiteData:
-    """Keep the first study of a seeded shuffle for validation.
+def hold_out(patients: Mapping[str, Sequence[Block]]) -> SiteData:
+    """Keep all studies of one patient for validation: the one whose identity has the lowest SHA-256.
+
+    So another seed, a later stage or a further study never trains on a study that an earlier stage validated on, unless
+    a patient is added whose digest is lower: then validation is on that one, whom no stage has seen.
+
+    Args:
+        patients: identity, in whatever form stays the same, to the blocks of that patient.
 
     Raises:
         ValueError: there are fewer than two.
     """
-    if len(studies) < 2:
+    if len(patients) < 2:
         raise ValueError(
-            f"at least two usable studies are needed, one of them for validation; there are {len(studies)}"
+            f"usable studies of at least two patients are needed, one for validation; there are {len(patients)}"
         )
-    order = np.random.default_rng(seed).permutation(len(studies))
-    return SiteData(tuple(studies[n] for n in order[1:]), studies[order[0]])
+    held, *others = sorted(patients, key=lambda patient: hashlib.sha256(patient.encode()).digest())
+    return SiteData(tuple(block for patient in others for block in patients[patient]), tuple(patients[held]))
 
 
 def make_block(low: Prepared, standard: Prepared, conditions: Conditions) -> Block:

@@ -25,13 +25,12 @@ from torch.nn import functional
 
 from models.training.network import FULL_RESOLUTION, STRIDE, VARIANTS, Network
 from models.training.patches import Held, draw_batch
-from models.training.samples import Block, make_sample, stream
+from models.training.samples import TRAIN_SEED, VALIDATION_SEED, Block, make_sample, stream
 from models.training.site import SiteData, cut, padded, simulated_block
 
 FALSE_FIRST, FALSE_WEIGHT = 10.0, 40.0  # weight of false enhancement: at first and in full
 COARSE_WEIGHT = 0.5  # of what the coarse levels say
-LAST_SEED = 400  # a seed has a million phantoms; evaluation starts at 500 million
-TRAIN_SEED, VALIDATION_SEED = 1_000_000, 900_000_000  # of phantoms; evaluation draws from yet another range
+LAST_SEED = 400  # a seed has a million phantoms from TRAIN_SEED times itself on, all before TEST_SEED
 VALIDATION_SIDE = 96  # voxels of the blocks in which a site's held-out study is judged
 TARGETS: dict[str, Callable[[int], Block | None]] = {  # what the truth of a simulated study is
     "truth": make_sample,  # contrast enhancement without noise, which no scanner can measure
@@ -45,6 +44,7 @@ class Config:
     """What a run depends on."""
 
     variant: str = "small"
+    preset: str = ""  # that the run was set up from, for its card
     conditioned: bool = True  # else nothing of the acquisition is told: the baseline of conditioning
     target: str = "truth"  # one of TARGETS; a site's own studies have theirs
     steps: int = 7000
@@ -135,7 +135,7 @@ def train(
     (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
     if source:
         fresh, held = None, [run.hold(padded(one, config.patch)) for one in source.training]
-        validation = list(cut(source.validation, VALIDATION_SIDE, STRIDE))
+        validation = [piece for one in source.validation for piece in cut(one, VALIDATION_SIDE, STRIDE)]
     else:
         fresh = stream(TRAIN_SEED * config.seed + 10 * run.step, workers, TARGETS[config.target])
         held = [run.hold(next(fresh)) for _ in range(min(config.fill, config.keep))]

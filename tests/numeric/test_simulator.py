@@ -258,6 +258,14 @@ def test_a_defaced_head_keeps_its_brain() -> None:
     assert all(0.3 < mask.mean() < 0.9 for mask in kept)
 
 
+def test_nothing_enhances_where_defacing_left_nothing() -> None:
+    phantom = make_phantom(18, shape=(32, 32, 32))
+    removed = phantom.pre == 0
+    assert not phantom.scenario.stripped
+    assert removed.mean() > 0.05
+    assert not phantom.enhancement[removed].any()
+
+
 @pytest.mark.parametrize(
     "shift_mm", [(0.3, 0.0, 0.0), (0.0, 0.3, 0.0), (0.0, 0.0, -0.3), (0.0, -0.9, 0.4)], ids=["k", "j", "i", "far"]
 )

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -138,7 +139,7 @@ def test_a_target_that_is_unknown_or_not_a_sites_is_refused(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="known targets: truth, masked, measured"):
         train(Config(target="wish"), tmp_path / "run")
     with pytest.raises(ValueError, match="a site's is what it measured"):
-        train(Config(target="masked"), tmp_path / "run", source=hold_out([tiny(0.2), tiny(0.2)], 1))
+        train(Config(target="masked"), tmp_path / "run", source=hold_out({"a": [tiny(0.2)], "b": [tiny(0.2)]}))
 
 
 def test_a_sites_studies_are_not_read_for_a_run_that_is_refused_anyway(tmp_path: Path) -> None:
@@ -207,7 +208,7 @@ def test_one_usable_study_is_not_enough(site: Path, tmp_path: Path) -> None:
         shutil.copytree(site / name, tmp_path / "data" / name)
     result = lowgad_train("--data", tmp_path / "data", "--out", tmp_path / "run")
     assert result.exit_code == 1
-    assert "at least two usable studies are needed" in result.output
+    assert "usable studies of at least two patients are needed" in result.output
 
 
 def changed(source: Path, target_folder: Path, roles: Sequence[str], **values: object) -> Path:
@@ -238,19 +239,29 @@ def test_a_low_dose_that_enhances_more_than_the_standard_dose_is_refused_without
 
 
 def test_what_the_low_dose_header_does_not_say_stays_unknown(site: Path, tmp_path: Path) -> None:
-    block = read_triplet(changed(site / "study-1", tmp_path / "bare", ["low"], ContrastBolusAgent=None))
+    _, block = read_triplet(changed(site / "study-1", tmp_path / "bare", ["low"], ContrastBolusAgent=None))
     known = dict(zip(NAMES, block.condition, strict=True))
     assert (known["agent_known"], known["dose_known"], known["log_dose_fraction"]) == (0, 0, 0)
     assert known["field_known"] == 1
 
 
-def test_the_study_held_out_follows_from_the_seed() -> None:
-    blocks = [tiny(float(n)) for n in range(4)]
-    first, again, other = hold_out(blocks, 1), hold_out(blocks, 1), hold_out(blocks, 3)
-    assert len(first.training) == 3
-    assert len({float(b.truth.max()) for b in (*first.training, first.validation)}) == 4
-    assert first.validation.truth.max() == again.validation.truth.max()
-    assert first.validation.truth.max() != other.validation.truth.max()
+def test_all_studies_of_one_patient_are_held_out_whatever_is_read_first_or_added() -> None:
+    patients = {name: [tiny(0.2), tiny(0.3)] for name in "abcd"}
+    data = hold_out(patients)
+    trained, held = ({id(block) for block in some} for some in (data.training, data.validation))
+    assert held in [{id(block) for block in own} for own in patients.values()]
+    assert trained | held == {id(block) for own in patients.values() for block in own}
+    assert {id(block) for block in hold_out(dict(reversed(patients.items()))).validation} == held
+    for name in "efghijkl":
+        more = hold_out(patients | {name: [tiny(0.4)]})
+        assert not trained & {id(block) for block in more.validation}
+
+
+def test_studies_without_an_id_are_each_of_a_patient_of_their_own(site: Path, tmp_path: Path) -> None:
+    known, _ = read_triplet(site / "study-1")
+    bare, _ = read_triplet(changed(site / "study-1", tmp_path / "bare", ["pre", "low", "standard"], PatientID=""))
+    assert known.endswith("LOWGAD-PHANTOM-1")
+    assert bare == "bare"
 
 
 def tiny(value: float) -> Block:
@@ -261,12 +272,12 @@ def tiny(value: float) -> Block:
 
 
 def test_a_run_goes_on_with_the_same_studies_and_refuses_others(tmp_path: Path) -> None:
-    blocks = [tiny(0.2) for _ in range(4)]
+    patients = {name: [tiny(0.2)] for name in "abcd"}
     for steps, count in ((1, 3), (2, 3), (3, 4)):
         config = replace(PRESETS["smoke"], steps=steps, patch=16)
         if count == 4:
             with pytest.raises(ValueError, match="another configuration"):
-                train(config, tmp_path, source=hold_out(blocks[:count], 1), report=lambda _: None)
+                train(config, tmp_path, source=hold_out(dict(islice(patients.items(), count))), report=lambda _: None)
         else:
-            train(config, tmp_path, source=hold_out(blocks[:count], 1), report=lambda _: None)
+            train(config, tmp_path, source=hold_out(dict(islice(patients.items(), count))), report=lambda _: None)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2

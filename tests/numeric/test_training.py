@@ -18,25 +18,31 @@ from scipy import ndimage
 
 import lowgad
 from models.card import ModelError, read_card
-from models.condition import LOG_SIGMA, MEASURED, NAMES, SEQUENCE_NAMES
+from models.condition import MEASURED, NAMES, SEQUENCE_NAMES
 from models.quality import LIMITS, Figure
 from models.runtime import NetworkEngine, upper_bound
 from models.training import evaluate, phantom
 from models.training.ablation import condition_grid, embedding, variance_shares
 from models.training.average import average
 from models.training.curves import draw_curves
-from models.training.evaluate import TEST_SEED, held_out, interval, score, usable_seeds
+from models.training.evaluate import held_out, interval, score, usable_seeds
 from models.training.export import HALO, TOLERANCE, ParityError, export, load_network
 from models.training.network import FULL_RESOLUTION, STRIDE, VARIANTS, ChannelNorm, Network
 from models.training.network import Block as NetworkBlock
 from models.training.patches import Held
-from models.training.samples import Block, Sample, make_sample, quiet_brain
+from models.training.samples import (
+    TEST_SEED,
+    TRAIN_SEED,
+    VALIDATION_SEED,
+    Block,
+    Sample,
+    make_sample,
+    quiet_brain,
+)
 from models.training.train import (
     FALSE_WEIGHT,
     LAST_SEED,
     PRESETS,
-    TRAIN_SEED,
-    VALIDATION_SEED,
     coarse_loss,
     gate_loss,
     loss,
@@ -90,7 +96,7 @@ def test_the_average_of_runs_has_their_mean_weights_and_names_them(tmp_path: Pat
     assert not torch.equal(weights[0], weights[1])
     config = load_network(tmp_path / "mean.pt")[1]
     assert config["data"] == "simulated, weights averaged with those of 1 more (1 steps of seed 2)"
-    export(tmp_path / "mean.pt", tmp_path / "model", model_id="mean", preset="smoke")
+    export(tmp_path / "mean.pt", tmp_path / "model", model_id="mean")
     assert "averaged" in read_card(tmp_path / "model").training_data
 
 
@@ -124,7 +130,7 @@ def test_weights_of_another_architecture_are_refused_by_name(tmp_path: Path) -> 
     del saved["average"]["enter.1.norm.gain"]  # as before coarse levels had a norm at their end
     torch.save(saved, path)
     with pytest.raises(ValueError, match=r"another architecture.*1 do not fit, the first is enter\.1\.norm\.gain"):
-        export(path, tmp_path / "model", model_id="older", preset="none")
+        export(path, tmp_path / "model", model_id="older")
     with pytest.raises(ValueError, match="another architecture"):
         train(TINY, tmp_path / "run", report=lambda _: None, start=path)
 
@@ -200,7 +206,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(run: Path) -> None:
 
 
 def test_an_exported_network_agrees_with_torch_on_a_size_it_was_not_traced_with(run: Path, tmp_path: Path) -> None:
-    difference = export(run / "checkpoint.pt", tmp_path / "model", model_id="test", preset="smoke")
+    difference = export(run / "checkpoint.pt", tmp_path / "model", model_id="test")
     engine = NetworkEngine(tmp_path / "model")
     network, _ = load_network(run / "checkpoint.pt")
     images = np.random.default_rng(0).normal(0.1, 0.3, (3, 12, 20, 16)).astype(np.float32)
@@ -240,12 +246,13 @@ def test_a_run_without_conditions_says_so_and_starts_no_run_with_them(tmp_path: 
     network, config = load_network(tmp_path / "blind" / "checkpoint.pt")
     assert not network.conditioned
     assert config["data"] == "simulated, nothing of the acquisition told"
+    assert config["preset"] == "smoke"
     with pytest.raises(ValueError, match="only the reverse"):
         train(TINY, tmp_path / "told", report=lambda _: None, start=tmp_path / "blind" / "checkpoint.pt")
 
 
 def test_the_embedding_of_a_network_without_conditions_tells_nothing_apart(tmp_path: Path) -> None:
-    export(random_checkpoint(tmp_path / "c.pt", conditioned=False), tmp_path, model_id="blind", preset="none")
+    export(random_checkpoint(tmp_path / "c.pt", conditioned=False), tmp_path, model_id="blind")
     grid, vectors = condition_grid()
     assert set(variance_shares(grid, embedding(tmp_path / "model.onnx", vectors)).values()) == {0.0}
 
@@ -266,7 +273,7 @@ def random_checkpoint(path: Path, spread: float = 1.0, **config: str | bool | in
 def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder with both precisions."""
     folder = tmp_path_factory.mktemp("both")
-    export(random_checkpoint(folder / "checkpoint.pt"), folder, model_id="both", preset="none", half=True)
+    export(random_checkpoint(folder / "checkpoint.pt"), folder, model_id="both", half=True)
     return folder
 
 
@@ -319,7 +326,7 @@ def test_what_the_coarse_levels_are_asked_in_training_is_not_exported(both: Path
 def test_exporting_again_without_half_precision_leaves_none_behind(tmp_path: Path) -> None:
     checkpoint = random_checkpoint(tmp_path / "checkpoint.pt")
     for half in (True, False):
-        export(checkpoint, tmp_path / "model", model_id="test", preset="none", half=half)
+        export(checkpoint, tmp_path / "model", model_id="test", half=half)
         assert ("fp16" in read_card(tmp_path / "model").networks) is half
         assert (tmp_path / "model" / "model-fp16.onnx").exists() is half
 
@@ -328,35 +335,27 @@ def test_exporting_again_without_half_precision_leaves_none_behind(tmp_path: Pat
 def test_a_network_that_differs_from_torch_gets_no_card(tmp_path: Path, spread: float, half: bool) -> None:
     checkpoint = random_checkpoint(tmp_path / "checkpoint.pt", spread)
     with pytest.raises(ParityError, match="differ"):
-        export(checkpoint, tmp_path, model_id="test", preset="none", half=half)
+        export(checkpoint, tmp_path, model_id="test", half=half)
     with pytest.raises(ModelError, match="incomplete"):
         read_card(tmp_path)
 
 
-def test_the_operating_point_is_in_the_graph_and_stricter_where_noise_is_stronger(tmp_path: Path) -> None:
+def test_the_operating_point_is_in_the_graph_and_takes_from_the_gate_what_the_card_says(tmp_path: Path) -> None:
     checkpoint = random_checkpoint(tmp_path / "checkpoint.pt")
     images = np.random.default_rng(0).normal(0.1, 0.1, (3, 16, 16, 16)).astype(np.float32)
+    condition = np.zeros(len(NAMES), np.float32)
     signals = {}
-    for name, offset in {"none": (0.0, 0.0, 0.0), "some": (1.0, 2.0, 4.0)}.items():
-        export(checkpoint, tmp_path / name, model_id=name, preset="none", gate_offset=offset)
-        assert read_card(tmp_path / name).gate_offset == offset
-        engine = NetworkEngine(tmp_path / name)
-        for noise in (0.02, 0.03, 0.1, 0.5):
-            condition = np.zeros(len(NAMES), np.float32)
-            condition[LOG_SIGMA] = np.log(noise / 0.03)
-            signals[name, noise] = float(engine.run(images, condition).sum())
-    kept = [signals["some", noise] / signals["none", noise] for noise in (0.02, 0.03, 0.1, 0.5)]
-    assert 1 > kept[0] > kept[1] > kept[2] > 0
-    at_a_tenth, at_most = 1 + 2 * np.log(0.1 / 0.03), 4  # taken from the logit
-    assert kept[3] / kept[2] == pytest.approx(np.exp(at_a_tenth - at_most), rel=0.05)
+    for offset in (0.0, 6.0, 8.0):
+        export(checkpoint, tmp_path / f"{offset}", model_id="test", gate_offset=offset)
+        assert read_card(tmp_path / f"{offset}").gate_offset == offset
+        signals[offset] = float(NetworkEngine(tmp_path / f"{offset}").run(images, condition).sum())
+    assert signals[0] > signals[6] > signals[8] > 0
+    assert signals[6] / signals[8] == pytest.approx(np.exp(2), rel=0.05)  # a shut gate is the exponential of its logit
 
 
-@pytest.mark.parametrize("offset", [(1.0, 0.0, 0.0), (-1.0, 0.0, 2.0)])
-def test_an_operating_point_that_is_never_reached_is_refused(
-    tmp_path: Path, offset: tuple[float, float, float]
-) -> None:
-    with pytest.raises(ValueError, match="never reached"):
-        export(random_checkpoint(tmp_path / "c.pt"), tmp_path, model_id="test", preset="none", gate_offset=offset)
+def test_an_operating_point_that_opens_the_gate_further_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="negative"):
+        export(random_checkpoint(tmp_path / "c.pt"), tmp_path, model_id="test", gate_offset=-1)
 
 
 @pytest.mark.parametrize(
@@ -366,18 +365,25 @@ def test_an_operating_point_that_is_never_reached_is_refused(
         ("simulated", "simulated: ICBM 152", "simulated studies"),
         ("site: 12 studies", "site: 12 studies", "one site's own studies"),
         ("site: 12 studies, started from 7 steps on: simulated", "site: 12 studies, started", "one site's own studies"),
+        ("simulated, started from 7 steps on: site: 3 studies", "simulated: ICBM 152", "one site's own studies"),
     ],
 )
 def test_the_card_says_what_the_checkpoint_was_trained_on(
     tmp_path: Path, data: str | None, starts: str, holds: str
 ) -> None:
     checkpoint = random_checkpoint(tmp_path / "checkpoint.pt", **({} if data is None else {"data": data}))
-    export(checkpoint, tmp_path, model_id="test", preset="none")
+    export(checkpoint, tmp_path, model_id="test")
     card = read_card(tmp_path)
     assert card.training_data.startswith(starts)
-    assert ("ICBM" in card.training_data) is ("site" not in starts or "started" in starts)
+    assert ("ICBM" in card.training_data) is ("simulated" in (data or "simulated"))
     assert any(holds in limit for limit in card.limits)
-    assert ("simulated" in card.intended_use) is ("site" not in starts)
+    assert ("simulated" in card.intended_use) is ("site" not in (data or ""))
+
+
+def test_the_card_names_the_preset_of_the_run_and_no_other(tmp_path: Path) -> None:
+    for said, shown in (("small-tune", "small-tune"), ("", "own")):
+        export(random_checkpoint(tmp_path / "c.pt", preset=said), tmp_path, model_id="test")
+        assert read_card(tmp_path).preset == shown
 
 
 def test_the_curves_of_a_run_are_drawn_from_its_log(tmp_path: Path) -> None:
