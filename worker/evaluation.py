@@ -67,6 +67,12 @@ KINDS: dict[str, Callable[[Sample], bool]] = {
     "slices up to 1.5 mm": lambda sample: max(sample.scenario.spacing_mm) <= 1.5,
     "thicker slices": lambda sample: max(sample.scenario.spacing_mm) > 1.5,
 }
+BASELINES: dict[str, Method] = {
+    "linear engine": linear_method,
+    "low-dose copy": copy_method,
+    "raw amplification": raw_method,
+    "non-local means": non_local_means_method,
+}
 STANDARD = "true standard dose"  # treated as in the linear engine
 Say = Callable[[str], None]
 Row = dict[str, str]
@@ -95,7 +101,9 @@ class _Studied:
 def _study(
     engine: NetworkEngine, against: Sequence[Path], *, studies: int, first: int, say: Say, workers: int
 ) -> _Studied:
-    others = [NetworkEngine(one) for one in against]
+    others = {other.name: network_method(other) for other in map(NetworkEngine, against)}
+    if len(others) < len(against) or {*others} & {*BASELINES, "network", engine.name}:
+        raise ValueError("the models to compare need names of their own: two have one name, or that of a method")
     seeds, refused = usable_seeds(studies, SIDE, first=first, workers=workers)
     say(f"{refused} simulated studies are refused by the quality gate and replaced")
     samples = {dose: held_out(seeds, dose, SIDE, workers=workers) for dose in DOSES}
@@ -123,31 +131,35 @@ def write_card(
         say: told every row.
         against: other model folders to measure beside it, for example one trained without conditions.
         workers: processes that simulate.
+
+    Raises:
+        ValueError: two models have one name, or that of a method, or the truth does not fit the pair.
+        Permanent: the pair cannot be processed.
     """
     engine, out = NetworkEngine(folder), folder / "evaluation"
+    out.mkdir(exist_ok=True)
     tables = {"real": real_rows(engine, *real, say)} if real else {}  # first: what cannot be read is said at once
     studied = _study(engine, against, studies=studies, first=TEST_SEED, say=say, workers=workers)
     rescans = held_out(studied.seeds, 0.0, SIDE, stated=0.33, workers=workers)
-    out.mkdir(exist_ok=True)
     tables |= studied.tables(say) | {
         "rescans": list(_rescans(rescans, engine)),
         "ablations": list(_ablations(studied.samples, engine, say)),
         "embedding": _embedding(engine.card, out),
     }
+    (out / "real.csv").unlink(missing_ok=True)
     _write_tables(out, tables)
     _draw(out, studied, engine)
-    (folder / "CARD.md").write_text(render(engine.card, tables, studies, studied.refused), encoding="utf-8")
+    (folder / "CARD.md").write_text(render(engine.card, tables, len(studied.seeds), studied.refused), encoding="utf-8")
 
 
 def write_validation(folder: Path, *, studies: int, say: Say, against: Sequence[Path] = (), workers: int = 1) -> None:
     """Write tables of validation studies into `validation/`: what is chosen, is chosen on these.
 
-    The arguments are those of `write_card`.
+    Arguments and errors are those of `write_card`.
     """
-    engine = NetworkEngine(folder)
-    studied = _study(engine, against, studies=studies, first=VALIDATION_SEED, say=say, workers=workers)
-    out = folder / "validation"
+    engine, out = NetworkEngine(folder), folder / "validation"
     out.mkdir(exist_ok=True)
+    studied = _study(engine, against, studies=studies, first=VALIDATION_SEED, say=say, workers=workers)
     _write_tables(out, studied.tables(say))
 
 
@@ -161,19 +173,13 @@ def network_method(engine: NetworkEngine) -> Method:
 
 
 def _measure(
-    engine: NetworkEngine, others: Sequence[NetworkEngine], samples: Mapping[float, Sequence[Sample]], say: Say
+    engine: NetworkEngine, others: Mapping[str, Method], samples: Mapping[float, Sequence[Sample]], say: Say
 ) -> Results:
     """Network and linear engine at every dose, everything else at two."""
     always: dict[str, Method] = {"network": network_method(engine), "linear engine": linear_method}
-    more: dict[str, Method] = {
-        "low-dose copy": copy_method,
-        "raw amplification": raw_method,
-        "non-local means": non_local_means_method,
-        **{other.name: network_method(other) for other in others},
-    }
     results: Results = {}
     for dose, studies in samples.items():
-        methods = always | (more if dose in FULL_DOSES else {})
+        methods = always | (BASELINES | dict(others) if dose in FULL_DOSES else {})
         results[dose] = {name: apply(studies, method) for name, method in methods.items()}
         say(f"measured {len(studies)} studies at {dose:.0%}")
     return results
@@ -284,8 +290,7 @@ def _text(value: Interval) -> str:
 
 def real_rows(engine: NetworkEngine, study: Path, truth: Path, say: Say) -> list[Row]:
     """One row for each engine on a pair whose truth is known; SD minus pre-contrast is what the engine added."""
-    with np.load(truth) as file:
-        known = dict(file)
+    known = _truth(truth)
     scores = {"network": _score_real(engine, study, known), "linear engine": _score_real(LinearEngine(), study, known)}
     rows: list[Row] = []
     for name, found in scores.items():
@@ -296,9 +301,22 @@ def real_rows(engine: NetworkEngine, study: Path, truth: Path, say: Say) -> list
     return rows
 
 
+def _truth(path: Path) -> dict[str, Array]:
+    try:
+        with np.load(path) as file:
+            known = dict(file)
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{path.name} is no npz file of arrays") from error
+    if missing := {"ce", "brain", "wm"} - {*known}:
+        raise ValueError(f"{path.name} lacks {', '.join(sorted(missing))}")
+    return known
+
+
 def _score_real(engine: Engine, study: Path, known: Mapping[str, Array]) -> Score:
     result = run(find_files(study), JobOptions(), engine, lambda *_: None)
     signal = result.prepared.signal_on_pre(result.signal) / float(known["wm"])
+    if signal.shape != known["ce"].shape:
+        raise ValueError(f"the truth is {known['ce'].shape} voxels, the pre-contrast series {signal.shape}")
     spacing = result.prepared.native_pre.spacing_mm
     scores = score(signal, known["ce"] / np.float32(known["wm"]), known["brain"].astype(bool), spacing)
     if scores is None:
@@ -433,8 +451,9 @@ _TEXTS = {
     "ablations": (
         "What the inputs are worth",
         (
-            "CE error with an input shuffled between studies or removed, over the error with it. Unknown is told as"
-            " at inference: without the agent the dose fraction is unknown too, without the sequence its timing."
+            "CE error with an input shuffled between studies or removed, over the error with it. Timing is shuffled "
+            "within a class of sequences; a shuffled class keeps the timing of the other, most of which is then "
+            "unknown. Unknown is told as at inference: the dose fraction needs both dose and agent, timing the class."
         ),
     ),
     "embedding": (

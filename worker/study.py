@@ -129,7 +129,7 @@ def read_study(paths: Iterable[Path], progress: Callable[[int, int], None] | Non
 def _refuse_mixture(instances: Sequence[Instance]) -> None:
     """Refuse two patients or two studies; a patient is told apart by ID, issuer, name and birth date."""
     for keyword in ("PatientID", "IssuerOfPatientID", "PatientName", "PatientBirthDate"):
-        found = {_plain(text) for instance in instances for text in texts(instance.header, keyword)} - {""}
+        found = {plain(text) for instance in instances for text in texts(instance.header, keyword)} - {""}
         if len(found) > 1:
             raise Permanent(Reason.TWO_PATIENTS, f"{len(found)} different values of {keyword}")
     studies = {str(instance.header.get("StudyInstanceUID", "")) for instance in instances} - {""}
@@ -137,7 +137,7 @@ def _refuse_mixture(instances: Sequence[Instance]) -> None:
         raise Permanent(Reason.TWO_STUDIES, f"{len(studies)} different values of StudyInstanceUID")
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """A patient attribute without what differs between writers: case, blanks, empty name parts, other scripts."""
     return re.sub(r"[\s^]+", " ", text.split("=", maxsplit=1)[0]).strip().casefold()
 

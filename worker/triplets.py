@@ -22,7 +22,7 @@ from worker.acquisition import Acquisition, check_acquisition, read_acquisition
 from worker.contrast import STANDARD_DOSE_FRACTION
 from worker.pairing import Pair, choose_pair
 from worker.pipeline import GATES
-from worker.study import Series, Study, find_files, read_study
+from worker.study import Series, Study, find_files, plain, read_study
 
 ROLES = ("pre", "low", "standard")
 HIGHEST_FRACTION = 1.5  # of the standard dose, that a standard-dose series may state
@@ -63,7 +63,8 @@ def read_triplet(folder: Path) -> tuple[str, Block]:
         folder: with the subfolders `pre`, `low` and `standard`, all of one study of one patient.
 
     Returns:
-        Issuer and ID of the patient, or the name of the folder where there is no ID; the block.
+        ID of the patient, whoever issued it (two patients of one ID then count as one, which mixes nothing), or the
+        name of the folder where there is none; the block.
 
     Raises:
         Permanent: as `worker.pipeline.run` does for the pair and its likeness; AMBIGUOUS_SERIES when a subfolder holds
@@ -79,8 +80,7 @@ def read_triplet(folder: Path) -> tuple[str, Block]:
         block = make_block(prepared, prepared_truth, acquisition.conditions(prepared))
     except TripletError as error:
         raise Permanent(Reason.PAIR_NOT_COMPARABLE, str(error)) from error
-    told = [str(pre.header.get(keyword) or "") for keyword in ("IssuerOfPatientID", "PatientID")]
-    return "/".join(told) if told[1] else folder.name, block
+    return plain(str(pre.header.get("PatientID") or "")) or folder.name, block
 
 
 def _series(folder: Path) -> list[Series]:

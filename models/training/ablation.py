@@ -35,8 +35,10 @@ _NOISE_LEFT = (0.35, 0.25, 0.15)  # of slightly correlated noise
 def ablations(samples: Sequence[Sample]) -> Iterator[tuple[str, list[Sample]]]:
     """(What was done, the changed samples), one after the other.
 
-    Shuffled: told another study's value; another agent at the same share of its own standard dose. Unknown: told what
-    inference tells where a header lacks it; the dose fraction needs both dose and agent, timing needs the sequence.
+    Shuffled: told another study's value; another agent at the same share of its own standard dose; timing of another
+    study of the same sequence class; another class with its own timing, most of which that class was not trained on,
+    and so is unknown. Unknown: told what inference tells where a header lacks it; the dose fraction needs both dose and
+    agent, timing needs the class.
     """
     everything = tuple(name for names in GROUPS.values() for name in names)
     for group, names in [*GROUPS.items(), ("all conditions", everything)]:
@@ -50,9 +52,12 @@ def ablations(samples: Sequence[Sample]) -> Iterator[tuple[str, list[Sample]]]:
 
 
 def _shuffled(samples: Sequence[Sample], names: Sequence[str]) -> list[Sample]:
-    """Every sample is told these of another one; the order is seeded and leaves none in its place."""
+    """Every sample is told these of another one, where there is one; the order is seeded."""
     order = np.random.default_rng(0).permutation(len(samples))
-    donor = {int(order[n]): int(order[n - 1]) for n in range(len(order))}
+    circles: dict[str | None, list[int]] = {}  # within which values go from one to the next
+    for n in map(int, order):
+        circles.setdefault(samples[n].conditions.sequence if tuple(names) == TIMING else None, []).append(n)
+    donor = {own: circle[place - 1] for circle in circles.values() for place, own in enumerate(circle)}
     return [_told_of(sample, samples[donor[n]].conditions, names) for n, sample in enumerate(samples)]
 
 

@@ -229,7 +229,7 @@ def _card(model_id: str, config: dict[str, object], written: dict[str, _Written]
         "variant": config["variant"],
         "training_data": data.replace("simulated", SIMULATED, 1),
         "intended_use": RESEARCH_USE.replace("simulated", "a site's own") if own else RESEARCH_USE,
-        "preset": config.get("preset") or "own",
+        "preset": config.get("preset", "not recorded") or "own",
         "steps": config["steps"],
         "seed": config["seed"],
         "gate_offset": config["gate_offset"],

@@ -51,8 +51,8 @@ class SiteData:
 def hold_out(patients: Mapping[str, Sequence[Block]]) -> SiteData:
     """Keep all studies of one patient for validation: the one whose identity has the lowest SHA-256.
 
-    So another seed, a later stage or a further study never trains on a study that an earlier stage validated on, unless
-    a patient is added whose digest is lower: then validation is on that one, whom no stage has seen.
+    So another seed or a further study of a known patient changes nothing. A patient added with a lower digest is held
+    out from then on; where the one held out is taken away, the next has been learned from by earlier stages.
 
     Args:
         patients: identity, in whatever form stays the same, to the blocks of that patient.

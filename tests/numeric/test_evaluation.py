@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +117,20 @@ def test_a_real_pair_that_cannot_be_read_is_said_before_anything_is_simulated(tm
     done = CliRunner().invoke(main, [*arguments, "--truth", str(tmp_path / "truth.npz")])
     assert done.exit_code == 1
     assert "EMPTY_UPLOAD" in done.output
-    assert "simulated studies" not in done.output
+    np.savez(tmp_path / "part.npz", ce=np.zeros((2, 2, 2)))
+    np.save(tmp_path / "one.npy", np.zeros(2))
+    for name, said in (("part.npz", "part.npz lacks brain, wm"), ("one.npy", "one.npy is no npz file")):
+        done = CliRunner().invoke(main, [*arguments, "--truth", str(tmp_path / name)])
+        assert done.exit_code == 1
+        assert said in done.output
+        assert "simulated studies" not in done.output
+
+
+def test_models_of_one_name_are_not_compared() -> None:
+    bundled = ZOO / DEFAULT_MODEL
+    done = CliRunner().invoke(main, ["evaluate", str(bundled), "--validation", "--against", str(bundled)])
+    assert done.exit_code == 1
+    assert "need names of their own" in done.output
 
 
 def test_a_threshold_is_not_lowered_to_where_false_signals_have_grown_together() -> None:
@@ -145,6 +159,15 @@ def test_an_unknown_header_value_takes_with_it_what_inference_would_not_know_eit
             assert names <= {*zero}
             kept = [n for n, name in enumerate(NAMES) if name not in names]
             assert np.array_equal(sample.condition[kept], before.condition[kept])
+
+
+def test_timing_is_shuffled_within_a_class_of_sequences(two: list[Sample]) -> None:
+    assert [sample.conditions.sequence for sample in two] == ["SPGR", "MPRAGE"]
+    alone = dict(ablations(two))["timing shuffled"]
+    assert [sample.conditions for sample in alone] == [sample.conditions for sample in two]
+    own, other = two[0].conditions, replace(two[0].conditions, repetition_time_s=0.0075)
+    pair = dict(ablations([two[0], replace(two[0], conditions=other)]))["timing shuffled"]
+    assert [sample.conditions for sample in pair] == [other, own]
 
 
 def test_another_agent_is_told_at_the_share_of_its_standard_dose_and_another_dose_of_the_same_agent(

@@ -259,9 +259,13 @@ def test_all_studies_of_one_patient_are_held_out_whatever_is_read_first_or_added
 
 def test_studies_without_an_id_are_each_of_a_patient_of_their_own(site: Path, tmp_path: Path) -> None:
     known, _ = read_triplet(site / "study-1")
-    bare, _ = read_triplet(changed(site / "study-1", tmp_path / "bare", ["pre", "low", "standard"], PatientID=""))
-    assert known.endswith("LOWGAD-PHANTOM-1")
-    assert bare == "bare"
+    everywhere = ("pre", "low", "standard")
+    bare, _ = read_triplet(changed(site / "study-1", tmp_path / "bare", everywhere, PatientID=""))
+    other = changed(
+        site / "study-1", tmp_path / "other", everywhere, PatientID="Lowgad-Phantom-1 ", IssuerOfPatientID="here"
+    )
+    assert (known, bare) == ("lowgad-phantom-1", "bare")
+    assert read_triplet(other)[0] == known
 
 
 def tiny(value: float) -> Block:
