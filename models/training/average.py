@@ -63,5 +63,6 @@ def _kind(run: dict[str, Any]) -> tuple[str, bool, str, dict[str, torch.Size]]:
 
 
 def _distance(one: dict[str, Any], other: dict[str, Any]) -> float:
-    here, there = (torch.cat([weight.float().ravel() for weight in run["average"].values()]) for run in (one, other))
+    names = list(one["average"])  # not every file holds them in one order
+    here, there = (torch.cat([run["average"][name].float().ravel() for name in names]) for run in (one, other))
     return float(torch.linalg.norm(there - here) / torch.linalg.norm(here))
