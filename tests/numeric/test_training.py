@@ -75,7 +75,9 @@ def test_the_weights_to_start_from_fit_the_network_and_tell_where_they_come_from
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     others = "120 steps of seed 21, 400 steps of seed 9, 240 steps of seed 9"
     stages = (500, 300, 280, 500, 440, 200, 15100)
-    earlier = "simulated, started from 450 steps on: simulated (studies of seeds 4 to 9; those of 4 to 7 by earlier "
+    earlier = "simulated, started from 800 steps on: simulated (189 studies of seed 15), weights averaged with "
+    earlier += "those of 2 more (360 steps of seed 15, 450 steps of seed 14), started from 360 steps on: simulated "
+    earlier += "(the same), started from 450 steps on: simulated (studies of seeds 4 to 9; those of 4 to 7 by earlier "
     earlier += "states of the simulator), weights averaged with those of 1 more (1100 steps of seed 13), "
     earlier += "started from 1100 steps on: simulated, started from 400 steps on: simulated, coarse levels alone, "
     earlier += f"started from 240 steps on: simulated, weights averaged with those of 3 more ({others}), "
