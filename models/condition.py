@@ -61,6 +61,7 @@ TRAINED_TIMING: dict[str, dict[str, Ranges]] = {  # likewise, by sequence class,
     "SE": {"repetition_time_s": ((0.45, 0.75),), "echo_time_s": ((0.008, 0.017),)},
 }
 _USUAL_TIMING = {"repetition_time_s": 0.1, "echo_time_s": 0.004, "inversion_time_s": 0.9, "flip_angle_deg": 10.0}
+TIMING_FIELDS = tuple(_USUAL_TIMING)  # of Conditions
 _TIMING_MARGIN = 0.1  # outside those ranges that is still told
 
 

@@ -176,11 +176,11 @@ def _measure(
     engine: NetworkEngine, others: Mapping[str, Method], samples: Mapping[float, Sequence[Sample]], say: Say
 ) -> Results:
     """Network and linear engine at every dose, everything else at two."""
-    always: dict[str, Method] = {"network": network_method(engine), "linear engine": linear_method}
+    methods = {"network": network_method(engine), **BASELINES, **others}
     results: Results = {}
     for dose, studies in samples.items():
-        methods = always | (BASELINES | dict(others) if dose in FULL_DOSES else {})
-        results[dose] = {name: apply(studies, method) for name, method in methods.items()}
+        asked = methods if dose in FULL_DOSES else ("network", "linear engine")
+        results[dose] = {name: apply(studies, methods[name]) for name in asked}
         say(f"measured {len(studies)} studies at {dose:.0%}")
     return results
 

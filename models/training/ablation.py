@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 
 from models.agents import AGENTS, BY_NAME
-from models.condition import Conditions, vector
+from models.condition import TIMING_FIELDS, Conditions, vector
 from models.training.samples import Sample
 from models.volume import Array
 
-TIMING = ("repetition_time_s", "echo_time_s", "inversion_time_s", "flip_angle_deg")
 GROUPS: dict[str, tuple[str, ...]] = {  # fields of Conditions; what follows from them changes with them
     "field strength": ("field_strength_t",),
     "dose": ("dose_mmol_per_kg",),
@@ -25,10 +24,10 @@ GROUPS: dict[str, tuple[str, ...]] = {  # fields of Conditions; what follows fro
     "noise": ("sigma", "noise_left"),
     "spacing": ("spacing_mm",),
     "sequence": ("sequence",),
-    "timing": TIMING,
-    "sequence and timing": ("sequence", *TIMING),
+    "timing": TIMING_FIELDS,
+    "sequence and timing": ("sequence", *TIMING_FIELDS),
 }
-MEASURED = ("noise", "spacing")  # and so never unknown
+NEVER_UNKNOWN = ("noise", "spacing")  # measured
 _NOISE_LEFT = (0.35, 0.25, 0.15)  # of slightly correlated noise
 
 
@@ -43,7 +42,7 @@ def ablations(samples: Sequence[Sample]) -> Iterator[tuple[str, list[Sample]]]:
     everything = tuple(name for names in GROUPS.values() for name in names)
     for group, names in [*GROUPS.items(), ("all conditions", everything)]:
         yield f"{group} shuffled", _shuffled(samples, names)
-    known = {group: names for group, names in GROUPS.items() if group not in MEASURED}
+    known = {group: names for group, names in GROUPS.items() if group not in NEVER_UNKNOWN}
     headers = tuple(name for names in known.values() for name in names)
     for group, names in [*known.items(), ("all conditions", headers)]:
         yield f"{group} unknown", [_told(sample, dict.fromkeys(names)) for sample in samples]
@@ -54,9 +53,10 @@ def ablations(samples: Sequence[Sample]) -> Iterator[tuple[str, list[Sample]]]:
 def _shuffled(samples: Sequence[Sample], names: Sequence[str]) -> list[Sample]:
     """Every sample is told these of another one, where there is one; the order is seeded."""
     order = np.random.default_rng(0).permutation(len(samples))
+    in_class = tuple(names) == TIMING_FIELDS  # which mean something else in another
     circles: dict[str | None, list[int]] = {}  # within which values go from one to the next
     for n in map(int, order):
-        circles.setdefault(samples[n].conditions.sequence if tuple(names) == TIMING else None, []).append(n)
+        circles.setdefault(samples[n].conditions.sequence if in_class else None, []).append(n)
     donor = {own: circle[place - 1] for circle in circles.values() for place, own in enumerate(circle)}
     return [_told_of(sample, samples[donor[n]].conditions, names) for n, sample in enumerate(samples)]
 

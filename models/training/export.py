@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from models.card import RESEARCH_USE
 from models.condition import CONTRACT_VERSION, NAMES
 from models.training.network import STRIDE, VARIANTS, Network
+from models.training.train import PRESETS
 from models.volume import Array
 
 OPSET = 18
@@ -229,7 +230,7 @@ def _card(model_id: str, config: dict[str, object], written: dict[str, _Written]
         "variant": config["variant"],
         "training_data": data.replace("simulated", SIMULATED, 1),
         "intended_use": RESEARCH_USE.replace("simulated", "a site's own") if own else RESEARCH_USE,
-        "preset": config.get("preset", "not recorded") or "own",
+        "preset": _preset(config),
         "steps": config["steps"],
         "seed": config["seed"],
         "gate_offset": config["gate_offset"],
@@ -240,6 +241,21 @@ def _card(model_id: str, config: dict[str, object], written: dict[str, _Written]
     if "fp16" in written:
         values |= {"sha256_fp16": written["fp16"].sha256, "parity_fp16": _two_digits(written["fp16"].parity)}
     return "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
+
+
+def _preset(config: dict[str, object]) -> str:
+    """The preset that a run was set up from, and where it differs from it, but for what the card tells elsewhere."""
+    name = str(config.get("preset", "not recorded") or "own")
+    if name not in PRESETS:
+        return name
+    usual = asdict(PRESETS[name])
+    told = {"preset", "steps", "seed", "data", "start", "conditioned", "target"}
+    other = [
+        f"{field} {config[field]}"
+        for field in usual
+        if field not in told and config.get(field, usual[field]) != usual[field]
+    ]
+    return f"{name} with {', '.join(other)}" if other else name
 
 
 def _two_digits(value: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from models.training.train import (
     FALSE_WEIGHT,
     LAST_SEED,
     PRESETS,
+    Config,
     coarse_loss,
     gate_loss,
     loss,
@@ -261,7 +262,7 @@ def test_the_embedding_of_a_network_without_conditions_tells_nothing_apart(tmp_p
     assert set(variance_shares(grid, embedding(tmp_path / "model.onnx", vectors)).values()) == {0.0}
 
 
-def random_checkpoint(path: Path, spread: float = 1.0, **config: str | bool | int) -> Path:
+def random_checkpoint(path: Path, spread: float = 1.0, **config: str | bool | float) -> Path:
     """A checkpoint of a network that does something everywhere, without training it."""
     torch.manual_seed(int(config.get("seed", 0)))
     network = Network(VARIANTS["small"])
@@ -384,10 +385,25 @@ def test_the_card_says_what_the_checkpoint_was_trained_on(
     assert ("simulated" in card.intended_use) is ("site" not in (data or ""))
 
 
-def test_the_card_names_the_preset_of_the_run_and_no_other(tmp_path: Path) -> None:
-    for said, shown in (("small-tune", "small-tune"), ("", "own")):
-        export(random_checkpoint(tmp_path / "c.pt", preset=said), tmp_path, model_id="test")
-        assert read_card(tmp_path).preset == shown
+@pytest.mark.parametrize(
+    ("config", "shown"),
+    [
+        (replace(PRESETS["smoke"], preset="smoke", steps=2, seed=5), "smoke"),
+        (replace(PRESETS["smoke"], preset="smoke", rate=2e-3, batch=4), "smoke with batch 4, rate 0.002"),
+        (PRESETS["smoke"], "own"),
+    ],
+)
+def test_the_card_names_the_preset_of_the_run_and_where_it_differs(tmp_path: Path, config: Config, shown: str) -> None:
+    export(random_checkpoint(tmp_path / "c.pt", **asdict(config)), tmp_path, model_id="test")
+    assert read_card(tmp_path).preset == shown
+
+
+def test_a_card_with_another_kind_of_operating_point_is_refused(tmp_path: Path) -> None:
+    export(random_checkpoint(tmp_path / "c.pt"), tmp_path, model_id="test", gate_offset=1)
+    card = tmp_path / "card.toml"
+    card.write_text(card.read_text().replace("gate_offset = 1", "gate_offset = [1.0, 0.0, 9.0] #"))
+    with pytest.raises(ModelError, match="TypeError"):
+        read_card(tmp_path)
 
 
 def test_the_curves_of_a_run_are_drawn_from_its_log(tmp_path: Path) -> None:
