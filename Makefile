@@ -15,7 +15,7 @@ OTHER_RUNTIME := $(if $(filter gpu,$(RUNTIME)),onnxruntime,onnxruntime-gpu)
 VENV_PACKAGE := $(if $(PYTHON),$(shell test -x $(BIN)/pip || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || echo $(notdir $(PYTHON))-venv))
 PEERS := redis-server postgresql dcmtk orthanc orthanc-dicomweb dicom3tools chromium chromium-driver
 
-.PHONY: help setup setup-tests peers demo check test bench clean
+.PHONY: help setup setup-tests peers demo check test bench train evaluate clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,18 +33,25 @@ check: setup-tests ## linters, types and the import contract
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# What talks to peers runs alone: it waits for them. One thread for each process: the processes share the cores.
+# What talks to peers runs apart from what computes, two at a time: it waits for them. One thread for each process that
+# computes: they share the cores.
 test: peers check ## everything CI runs, with real peers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --ignore tests/wire --ignore tests/browser
-	$(BIN)/python -m pytest tests/wire tests/browser
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/wire tests/browser
 
 bench: setup ## wall time and memory of `lowgad run` on STUDY=<folder>
 	$(BIN)/python benchmarks/run_real.py $(STUDY)
 
+train: setup-tests ## train a network from nothing into runs/small-cpu (hours); goes on where it was interrupted
+	$(BIN)/lowgad train --preset small-cpu --workers $(shell nproc) --out runs/small-cpu
+
+evaluate: setup-tests ## tables, figures and card of MODEL=<folder>, which are replaced (20 minutes on 2 cores)
+	$(BIN)/lowgad evaluate $(MODEL) --studies 40 --workers $(shell nproc)
+
 peers: ## the programs that the tests talk to, from the distribution; the tests start their own, never its services
 	@deploy/install-packages.sh $(VENV_PACKAGE) $(PEERS)
 
-clean: ## remove what the targets made, results of the demo included
+clean: ## remove what the targets made, results of the demo included, but for training runs
 	rm -rf .venv demo-out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(BIN)/pip:

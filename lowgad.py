@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from models.runtime import Engine
+    from models.training.samples import Block
     from service.core.job import Stage
     from service.core.ledger import Ledger
     from service.core.settings import Settings
@@ -239,7 +240,8 @@ def explain(study: Path, pre_series_uid: str | None, low_series_uid: str | None)
 @click.option("--spacing", "spacing_mm", type=click.FloatRange(0.5, 4.0), default=1.0, show_default=True, help="mm")
 @click.option("--noise", type=click.FloatRange(0.0, 0.2), help="Of one image, white matter = 1")
 @click.option("--stripped/--full-head", default=False, help="Remove everything outside the brain")
-def simulate(out: Path, seed: int, spacing_mm: float, stripped: bool, **chosen: float | None) -> None:
+@click.option("--standard", is_flag=True, help="Write a series of the standard dose, too: a study to train on")
+def simulate(out: Path, seed: int, spacing_mm: float, stripped: bool, standard: bool, **chosen: float | None) -> None:
     """Write a DICOM study of a digital phantom into OUT, with its truth."""
     import numpy as np
 
@@ -249,7 +251,7 @@ def simulate(out: Path, seed: int, spacing_mm: float, stripped: bool, **chosen: 
     drawn = draw_scenario(np.random.default_rng(seed))
     scenario = with_choices(drawn, spacing_mm=(spacing_mm,) * 3, stripped=stripped, **chosen)
     shape = tuple(round(extent / spacing_mm) for extent in (190, 240, 200))
-    phantom = make_phantom(seed, shape=shape, scenario=scenario, whole=True)  # type: ignore[arg-type]
+    phantom = make_phantom(seed, shape=shape, scenario=scenario, whole=True, standard=standard)  # type: ignore[arg-type]
     count = write_phantom_study(phantom, seed, out)
     click.echo(f"{count} instances and truth.npz in {out}: {scenario.summary}")
 
@@ -304,7 +306,6 @@ def train(
     from models.training.site import hold_out
     from models.training.train import PRESETS, check
     from models.training.train import train as run_training
-    from worker.triplets import read_triplets
 
     if preset not in PRESETS:
         raise click.BadParameter(f"known presets: {', '.join(PRESETS)}", param_hint="--preset")
@@ -319,7 +320,7 @@ def train(
     )
     try:
         check(config, site=data is not None)
-        source = hold_out(read_triplets(data, click.echo).patients) if data else None
+        source = hold_out(_triplets(data)) if data else None
         run_training(config, out, workers=workers, report=click.echo, source=source, start=start)
         draw_curves(out / "log.csv", out / "curves.png")
     except ValueError as error:
@@ -343,7 +344,12 @@ def average(checkpoints: tuple[Path, ...], out: Path) -> None:
 @click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("folder", type=FOLDER)
 @click.option("--id", "model_id", required=True, help="Name of the model")
-@click.option("--gate-offset", default=0.0, show_default=True, help="Operating point: larger is stricter")
+@click.option(
+    "--gate-offset",
+    default=0.0,
+    show_default=True,
+    help="Operating point: larger is stricter; below .33 of the dose it counts in proportion",
+)
 @click.option("--fp16", is_flag=True, help="A half-precision network too, which CUDA then runs")
 def export(checkpoint: Path, folder: Path, model_id: str, *, gate_offset: float, fp16: bool) -> None:
     """Export a CHECKPOINT to the model FOLDER and prove it against torch (needs the extra `train`)."""
@@ -389,6 +395,12 @@ def evaluate(
             write_card(folder, studies=studies, real=pair, say=click.echo, against=against, workers=workers)
     except (Permanent, ValueError) as error:
         raise click.ClickException(str(error)) from None
+
+
+def _triplets(folder: Path) -> dict[str, list[Block]]:
+    from worker.triplets import read_triplets
+
+    return read_triplets(folder, click.echo, _settings(os.environ).protocols).patients
 
 
 def _settings(environ: Mapping[str, str]) -> Settings:

@@ -17,7 +17,7 @@ from models.condition import CONTRACT_VERSION
 
 RESEARCH_USE = "research use, trained on simulated data, not a medical device"
 ZOO = Path(__file__).parent / "zoo"
-DEFAULT_MODEL = "small-8"
+DEFAULT_MODEL = "small-9"
 
 
 class ModelError(ValueError):
@@ -39,11 +39,12 @@ class Card:
     preset: str
     steps: int
     seed: int
-    gate_offset: float  # what is taken from the logit of the gate
+    gate_offset: float  # what is taken from the logit of the gate, from `gate_strict_from` of the dose on
     halo_voxels: int  # beyond which voxels do not influence each other
     stride: int  # volumes are padded to multiples of this
     limits: tuple[str, ...]
     folder: Path
+    gate_strict_from: float = 0.0  # below it in proportion to the dose
     parity: float | None = (
         None  # largest difference of model.onnx from torch in fp32, white matter = 1; None: not stated
     )

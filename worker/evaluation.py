@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,11 @@ from models.training import figures
 from models.training.ablation import ablations, condition_grid, embedding, variance_shares
 from models.training.evaluate import (
     FALSE,
+    JUDGED_DOSE,
     Found,
     Interval,
     Method,
+    Range,
     Score,
     apply,
     by_study,
@@ -38,7 +41,7 @@ from models.training.evaluate import (
     sensitivity,
     summary,
     threshold_at,
-    usable_seeds,
+    usable_studies,
 )
 from models.training.samples import TEST_SEED, VALIDATION_SEED, Sample
 from models.volume import Array
@@ -46,14 +49,26 @@ from service.core.job import JobOptions
 from worker.pipeline import run
 from worker.study import find_files
 
-DOSES = (0.10, 0.20, 0.25, 0.33, 0.50)
-FULL_DOSES = (0.10, 0.33)  # at which every baseline is measured
-BINS = ((1.5, 3.0), (3.0, 5.0), (5.0, 8.0), (8.0, 50.0))  # of lesion diameter, mm
+DOSES = (0.10, 0.20, 0.25, JUDGED_DOSE, 0.50)
+FULL_DOSES = (0.10, JUDGED_DOSE)  # at which every baseline is measured
+DIAMETERS = {f"{low:g} to {high:g}": Range(low, high) for low, high in ((1.5, 3), (3, 5), (5, 8), (8, 50))}
+ENHANCEMENTS = {
+    "0.02 to 0.1": Range(strongest=0.1),
+    "0.1 to 0.2": Range(weakest=0.1, strongest=0.2),
+    "0.2 to 0.4": Range(weakest=0.2, strongest=0.4),
+    "0.4 and more": Range(weakest=0.4),
+}
+FROC = {
+    "lesions found": Range(),
+    "found, below 5 mm": Range(largest_mm=5),
+    "found, 5 mm and more": Range(5),
+    "found, enhancement below 0.2": Range(strongest=0.2),
+    "found, 0.2 and more": Range(weakest=0.2),
+}
 RATES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # false components per study of the FROC
 OPERATING_RATE = 0.5
-ABLATED_PER_DOSE = 4  # studies: thirteen ablations take as long as the rest
+ABLATED_PER_DOSE = 4  # studies: all ablations together take as long as the rest
 SIDE = 64  # voxels of a study's side
-KIND_DOSE = 0.33  # at which kinds of studies are told apart
 KINDS: dict[str, Callable[[Sample], bool]] = {
     "head, whole or defaced": lambda sample: not sample.scenario.stripped,
     "skull-stripped": lambda sample: sample.scenario.stripped,
@@ -90,11 +105,12 @@ class _Studied:
     standard: dict[str, Found]  # the standard dose itself, by how it is treated
 
     def tables(self, say: Say) -> dict[str, list[Row]]:
-        """All methods together, kinds of studies apart, and lesions by diameter."""
+        """All methods together, kinds of studies apart, and lesions by diameter and by enhancement."""
         return {
             "methods": _methods(self.results | {1.0: self.standard}, say),
-            "kinds": list(_kinds(self.samples[KIND_DOSE], self.results[KIND_DOSE], self.standard[STANDARD])),
-            "lesions": list(_lesions(self)),
+            "kinds": list(_kinds(self.samples[JUDGED_DOSE], self.results[JUDGED_DOSE], self.standard[STANDARD])),
+            "lesions": list(_lesions(self, "diameter_mm", DIAMETERS)),
+            "enhancement": list(_lesions(self, "enhancement", ENHANCEMENTS)),
         }
 
 
@@ -104,9 +120,11 @@ def _study(
     others = {other.name: network_method(other) for other in map(NetworkEngine, against)}
     if len(others) < len(against) or {*others} & {*BASELINES, "network", engine.name}:
         raise ValueError("the models to compare need names of their own: two have one name, or that of a method")
-    seeds, refused = usable_seeds(studies, SIDE, first=first, workers=workers)
+    usable, refused = usable_studies(studies, SIDE, first=first, workers=workers)
+    seeds = [*usable]
     say(f"{refused} simulated studies are refused by the quality gate and replaced")
-    samples = {dose: held_out(seeds, dose, SIDE, workers=workers) for dose in DOSES}
+    samples = {dose: held_out(seeds, dose, SIDE, workers=workers) for dose in DOSES if dose != JUDGED_DOSE}
+    samples = dict(sorted((samples | {JUDGED_DOSE: [*usable.values()]}).items()))
     whole = held_out(seeds, 1.0, SIDE, workers=workers)
     standard = {STANDARD: apply(whole, linear_method), "standard dose as acquired": apply(whole, raw_method)}
     return _Studied(seeds, refused, samples, _measure(engine, others, samples, say), standard)
@@ -140,14 +158,14 @@ def write_card(
     out.mkdir(exist_ok=True)
     tables = {"real": real_rows(engine, *real, say)} if real else {}  # first: what cannot be read is said at once
     studied = _study(engine, against, studies=studies, first=TEST_SEED, say=say, workers=workers)
-    rescans = held_out(studied.seeds, 0.0, SIDE, stated=0.33, workers=workers)
+    rescans = {dose: held_out(studied.seeds, 0.0, SIDE, stated=dose, workers=workers) for dose in FULL_DOSES}
     tables |= studied.tables(say) | {
         "rescans": list(_rescans(rescans, engine)),
         "ablations": list(_ablations(studied.samples, engine, say)),
         "embedding": _embedding(engine.card, out),
     }
     (out / "real.csv").unlink(missing_ok=True)
-    _write_tables(out, tables)
+    _write_tables(out, tables | {"seeds": [{"seed": str(seed)} for seed in studied.seeds]})
     _draw(out, studied, engine)
     (folder / "CARD.md").write_text(render(engine.card, tables, len(studied.seeds), studied.refused), encoding="utf-8")
 
@@ -160,7 +178,7 @@ def write_validation(folder: Path, *, studies: int, say: Say, against: Sequence[
     engine, out = NetworkEngine(folder), folder / "validation"
     out.mkdir(exist_ok=True)
     studied = _study(engine, against, studies=studies, first=VALIDATION_SEED, say=say, workers=workers)
-    _write_tables(out, studied.tables(say))
+    _write_tables(out, studied.tables(say) | {"seeds": [{"seed": str(seed)} for seed in studied.seeds]})
 
 
 def network_method(engine: NetworkEngine) -> Method:
@@ -219,21 +237,21 @@ def _kinds(samples: Sequence[Sample], methods: Mapping[str, Found], standard: Fo
             }
 
 
-def _lesions(studied: _Studied) -> Iterator[Row]:
-    """Lesions by diameter: how much of them is recovered and how many are found, beside an ideal observer."""
+def _lesions(studied: _Studied, measure: str, ranges: Mapping[str, Range]) -> Iterator[Row]:
+    """Lesions by diameter or enhancement: how much of them is recovered, how many are found; an ideal observer."""
     for dose in FULL_DOSES:
         for name, found in (studied.results[dose] | studied.standard).items():
-            limit = threshold_at(found, OPERATING_RATE)
-            for low, high in BINS:
-                some = [one for one in found.lesions if low <= one.diameter_mm < high]
+            threshold = threshold_at(found, OPERATING_RATE)
+            for label, limits in ranges.items():
+                some = found.among(limits)
                 yield {
                     "dose": f"{dose:.0%}",
                     "method": name,
-                    "diameter_mm": f"{low:g} to {high:g}",
+                    measure: label,
                     "lesions": str(len(some)),
-                    "found_above_0.1": _text(sensitivity(found, FALSE, low, high)),
-                    "found_at_0.5_false": _text(sensitivity(found, limit, low, high)),
-                    "ideal_observer": f"{ideal_sensitivity(studied.samples[dose], low, high):.3f}",
+                    "found_above_0.1": _text(sensitivity(found, FALSE, limits)),
+                    "found_at_0.5_false": _text(sensitivity(found, threshold, limits)),
+                    "ideal_observer": f"{ideal_sensitivity(studied.samples[dose], limits):.3f}",
                     "recovery": _text(by_study(some, lambda one: one.recovery)),
                     "peak_recovery": _text(by_study(some, lambda one: one.peak_recovery)),
                     "cnr": _text(by_study(some, lambda one: one.cnr)),
@@ -242,16 +260,17 @@ def _lesions(studied: _Studied) -> Iterator[Row]:
                 }
 
 
-def _rescans(rescans: Sequence[Sample], engine: NetworkEngine) -> Iterator[Row]:
-    """Two scans without contrast, said to be 33 %: whatever appears is false."""
+def _rescans(rescans: Mapping[float, Sequence[Sample]], engine: NetworkEngine) -> Iterator[Row]:
+    """Two scans without contrast, the second said to be of a dose: whatever appears is false."""
     methods: dict[str, Method] = {"network": network_method(engine), "linear engine": linear_method}
-    for name, method in methods.items():
+    for (dose, samples), (name, method) in product(rescans.items(), methods.items()):
         false, mean = [], []
-        for sample in rescans:
+        for sample in samples:
             inside = method(sample)[sample.brain]
             false.append(float((inside > FALSE).mean() / np.prod(sample.scenario.spacing_mm) * 1000))
             mean.append(float(inside.mean()))
-        yield {"method": name, "false_per_ml": _text(interval(false)), "mean_signal": _text(interval(mean))}
+        values = {"false_per_ml": _text(interval(false)), "mean_signal": _text(interval(mean))}
+        yield {"said": f"{dose:.0%}", "method": name, **values}
 
 
 def _ablations(samples: Mapping[float, Sequence[Sample]], engine: NetworkEngine, say: Say) -> Iterator[Row]:
@@ -343,18 +362,26 @@ def _draw(out: Path, studied: _Studied, engine: NetworkEngine) -> None:
         shown = {"network": results[dose]["network"], "linear engine": results[dose]["linear engine"]}
         shown[STANDARD] = studied.standard[STANDARD]
         bars = {
-            name: [sensitivity(found, threshold_at(found, OPERATING_RATE), *bin_) for bin_ in BINS]
+            name: [sensitivity(found, threshold_at(found, OPERATING_RATE), limits) for limits in DIAMETERS.values()]
             for name, found in shown.items()
         }
-        bars["ideal observer"] = [(ideal_sensitivity(samples[dose], *bin_),) * 3 for bin_ in BINS]
-        names = [f"{low:g} to {high:g} mm" for low, high in BINS]
+        bars["ideal observer"] = [(ideal_sensitivity(samples[dose], limits),) * 3 for limits in DIAMETERS.values()]
+        names = [f"{label} mm" for label in DIAMETERS]
         label = f"found at {OPERATING_RATE:g} false per study, {dose:.0%}"
         figures.draw_bars(out / f"detection_{100 * dose:.0f}.png", names, bars, label)
-        froc = {n: {rate: sensitivity(f, threshold_at(f, rate)) for rate in RATES} for n, f in shown.items()}
+        panels = []
+        for label, limits in FROC.items():
+            curves = {name: _froc(found, limits) for name, found in shown.items()}
+            curves["ideal observer"] = dict.fromkeys(RATES, (ideal_sensitivity(samples[dose], limits),) * 3)
+            panels.append((label, curves))
         figures.draw_curves(
-            out / f"froc_{100 * dose:.0f}.png", [("lesions found", froc)], "false components of 2 mm and more per study"
+            out / f"froc_{100 * dose:.0f}.png", panels, "false components of 2 mm and more per study", log=True
         )
-    figures.draw_examples(out / "examples.png", [_example(sample, engine) for sample in samples[0.33][:5]])
+    figures.draw_examples(out / "examples.png", [_example(sample, engine) for sample in samples[JUDGED_DOSE][:5]])
+
+
+def _froc(found: Found, limits: Range) -> dict[float, Interval]:
+    return {rate: sensitivity(found, threshold_at(found, rate), limits) for rate in RATES}
 
 
 def _example(sample: Sample, engine: NetworkEngine) -> dict[str, Array]:
@@ -380,7 +407,8 @@ def render(card: Card, tables: Mapping[str, Sequence[Row]], studies: int, refuse
         f"Predicts the contrast signal of the standard dose from a pre-contrast and a low-dose T1 volume.\n\n"
         f"| | |\n| --- | --- |\n| variant | {card.variant} |\n| training data | {card.training_data} |\n"
         f"| training | preset {card.preset}, {card.steps} steps, seed {card.seed} |\n"
-        f"| operating point | gate offset {card.gate_offset:g} |\n"
+        f"| operating point | gate offset {card.gate_offset:g}, below {card.gate_strict_from:.0%} of the standard dose "
+        f"in proportion |\n"
         f"| ONNX opset | {card.opset} |\n| contract | {card.contract} |\n"
         f"| SHA-256 of model.onnx | `{card.sha256}` |\n\n"
     )
@@ -388,7 +416,7 @@ def render(card: Card, tables: Mapping[str, Sequence[Row]], studies: int, refuse
     parts = [
         f"\n## {title}\n\n{text}\n\n{_table(tables[name])}" for name, (title, text) in _TEXTS.items() if name in tables
     ]
-    return head + limits + _PREFACE.format(studies=studies, refused=refused) + "".join(parts)
+    return head + limits + _PREFACE.format(studies=studies, refused=refused, side=SIDE) + "".join(parts)
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -399,7 +427,8 @@ def _table(rows: Sequence[Row]) -> str:
 
 _PREFACE = (
     "\n## Evaluation\n\nSimulated studies: {studies} from seeds that no training run used, the same anatomy at every "
-    "dose; {refused} more were drawn that the quality gate refuses (mostly for residual motion), of which no image is "
+    "dose. Each is a block of {side} voxels a side, randomly placed in a head: counts per study are not counts per "
+    "head. {refused} more were drawn that the quality gate refuses (mostly for residual motion), of which no image is "
     "made; mean, 95 % bootstrap interval, whole studies resampled. Signals in units of white matter. Where the truth "
     "enhances by more than 0.1: `ce_error` mean absolute error, `slope` and `intercept` of the predicted on the true "
     "signal, `psnr_db` (peak 1), `ssim` (range 1). In brain farther than 2.5 mm from true enhancement: `false_per_ml` "
@@ -444,16 +473,18 @@ _TEXTS = {
             "voxels. Values of `cnr`, `lbr`, `cep_percent` are of the pre-contrast image plus the signal."
         ),
     ),
+    "enhancement": ("Lesions by enhancement", "As above, by mean true enhancement; white matter = 1."),
     "rescans": (
         "Rescans without contrast",
-        "Two scans without contrast, the second said to be 33 %: all signal is false.",
+        "Two scans without contrast, the second said to be of the dose in the first column: all signal is false.",
     ),
     "ablations": (
         "What the inputs are worth",
         (
             "CE error with an input shuffled between studies or removed, over the error with it. Timing is shuffled "
             "within a class of sequences; a shuffled class keeps the timing of the other, most of which is then "
-            "unknown. Unknown is told as at inference: the dose fraction needs both dose and agent, timing the class."
+            "unknown. Unknown is told as at inference: the dose fraction needs both dose and agent, timing the class. "
+            "The operating point follows the dose that is told: what shuffling it costs holds that, too."
         ),
     ),
     "embedding": (

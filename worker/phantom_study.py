@@ -33,14 +33,13 @@ class _SeriesPlan:
     dose_mmol_per_kg: float | None = None  # None before contrast
 
 
-def write_phantom_study(phantom: Phantom, seed: int, folder: Path, standard: Phantom | None = None) -> int:
-    """Write `pre/*.dcm`, `low/*.dcm` and perhaps `standard/*.dcm` (axial, 16 bit), and the truth as `truth.npz`.
+def write_phantom_study(phantom: Phantom, seed: int, folder: Path) -> int:
+    """Write `pre/*.dcm`, `low/*.dcm` and, if acquired, `standard/*.dcm` (axial, 16 bit); the truth as `truth.npz`.
 
     Args:
         phantom: arrays (k, j, i), k along +z.
         seed: that made it; identifies the study.
         folder: created.
-        standard: the same head at another dose, whose post-contrast image becomes the series of the standard dose.
 
     Returns:
         Number of instances.
@@ -49,9 +48,9 @@ def write_phantom_study(phantom: Phantom, seed: int, folder: Path, standard: Pha
         "pre": _SeriesPlan(2, "T1 3D pre", "100000", phantom.pre),
         "low": _SeriesPlan(5, "T1 3D post Gd low dose", "100900", phantom.low, phantom.scenario.dose_mmol_per_kg),
     }
-    if standard:
-        dose = standard.scenario.dose_mmol_per_kg
-        plans["standard"] = _SeriesPlan(8, "T1 3D post Gd standard dose", "101900", standard.low, dose)
+    if phantom.standard is not None:
+        dose = phantom.scenario.agent.standard_dose_mmol_per_kg
+        plans["standard"] = _SeriesPlan(8, "T1 3D post Gd standard dose", "101900", phantom.standard, dose)
     written = 0
     for name, plan in plans.items():
         (folder / name).mkdir(parents=True, exist_ok=True)

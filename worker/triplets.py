@@ -7,7 +7,7 @@ without a named reason, or train on a truth whose own header says that it is not
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from models.quality import judge_pair, refused
 from models.training.samples import Block
 from models.training.site import TripletError, make_block
 from service.core.errors import Permanent, Reason
+from service.core.protocols import Protocol
 from worker.acquisition import Acquisition, check_acquisition, read_acquisition
 from worker.contrast import STANDARD_DOSE_FRACTION
 from worker.pairing import Pair, choose_pair
@@ -36,18 +37,19 @@ class Triplets:
     refused: tuple[tuple[str, Permanent], ...]  # name of the folder, reason
 
 
-def read_triplets(folder: Path, say: Callable[[str], None]) -> Triplets:
+def read_triplets(folder: Path, say: Callable[[str], None], protocols: Sequence[Protocol] = ()) -> Triplets:
     """Read every study folder of `folder`, by name.
 
     Args:
         folder: one folder per study, see `read_triplet`.
         say: told one line per study, used or refused.
+        protocols: the site's rules, as at inference; of the low-dose pair alone.
     """
     patients: dict[str, list[Block]] = {}
     refused: list[tuple[str, Permanent]] = []
     for study in sorted(path for path in folder.iterdir() if path.is_dir()):
         try:
-            patient, block = read_triplet(study)
+            patient, block = read_triplet(study, protocols)
             patients.setdefault(patient, []).append(block)
             say(f"{study.name}: used")
         except Permanent as error:
@@ -56,11 +58,12 @@ def read_triplets(folder: Path, say: Callable[[str], None]) -> Triplets:
     return Triplets(patients, tuple(refused))
 
 
-def read_triplet(folder: Path) -> tuple[str, Block]:
+def read_triplet(folder: Path, protocols: Sequence[Protocol] = ()) -> tuple[str, Block]:
     """One study as a training block, and whose it is.
 
     Args:
         folder: with the subfolders `pre`, `low` and `standard`, all of one study of one patient.
+        protocols: the site's rules.
 
     Returns:
         ID of the patient, whoever issued it (two patients of one ID then count as one, which mixes nothing), or the
@@ -72,7 +75,7 @@ def read_triplet(folder: Path) -> tuple[str, Block]:
     """
     pre, low, standard = _series(folder)
     pair, truth = _pair(pre, low), _pair(pre, standard)
-    acquisition = read_acquisition(pair)
+    acquisition = read_acquisition(pair, protocols)
     check_acquisition(acquisition, allow_unknown=("field_strength", "agent", "dose"))
     _refuse_other_dose(acquisition, read_acquisition(truth))
     prepared, prepared_truth = _prepared(pair, "low"), _prepared(truth, "standard")

@@ -27,7 +27,12 @@ GROUPS: dict[str, tuple[str, ...]] = {  # fields of Conditions; what follows fro
     "timing": TIMING_FIELDS,
     "sequence and timing": ("sequence", *TIMING_FIELDS),
 }
-NEVER_UNKNOWN = ("noise", "spacing")  # measured
+UNKNOWN: dict[str, tuple[str, ...]] = {  # what a header can lack: the dose fraction needs both, timing the class
+    "field strength": GROUPS["field strength"],
+    "dose or agent": (*GROUPS["dose"], *GROUPS["agent"]),
+    "sequence": GROUPS["sequence and timing"],
+    "timing": GROUPS["timing"],
+}
 _NOISE_LEFT = (0.35, 0.25, 0.15)  # of slightly correlated noise
 
 
@@ -36,15 +41,13 @@ def ablations(samples: Sequence[Sample]) -> Iterator[tuple[str, list[Sample]]]:
 
     Shuffled: told another study's value; another agent at the same share of its own standard dose; timing of another
     study of the same sequence class; another class with its own timing, most of which that class was not trained on,
-    and so is unknown. Unknown: told what inference tells where a header lacks it; the dose fraction needs both dose and
-    agent, timing needs the class.
+    and so is unknown. Unknown: told what inference tells where a header lacks it.
     """
     everything = tuple(name for names in GROUPS.values() for name in names)
     for group, names in [*GROUPS.items(), ("all conditions", everything)]:
         yield f"{group} shuffled", _shuffled(samples, names)
-    known = {group: names for group, names in GROUPS.items() if group not in NEVER_UNKNOWN}
-    headers = tuple(name for names in known.values() for name in names)
-    for group, names in [*known.items(), ("all conditions", headers)]:
+    headers = tuple(name for names in UNKNOWN.values() for name in names)
+    for group, names in [*UNKNOWN.items(), ("all conditions", headers)]:
         yield f"{group} unknown", [_told(sample, dict.fromkeys(names)) for sample in samples]
     keep = np.array([0, 1, 1], np.float16)[:, None, None, None]
     yield "subtraction removed", [replace(sample, images=sample.images * keep) for sample in samples]

@@ -23,7 +23,8 @@ from models.training.samples import TEST_SEED, Sample, quiet_brain, sample_of
 from models.volume import Array, Mask
 
 ENHANCING, FALSE = 0.1, 0.1  # of white matter
-LEVELS = FALSE * 1.1 ** np.arange(48)  # thresholds at which false components are counted, .1 to 9
+JUDGED_DOSE = 0.33  # at which the quality gate takes or refuses a study
+LEVELS = FALSE * 1.1 ** np.arange(-13, 48)  # thresholds at which false components are counted, .03 to 9
 COMPONENT_MM = 2.0  # diameter of the ball whose volume a connected component must have to count
 CHANCE = 5.5  # d' that a known-location observer needs to find a lesion anywhere in a brain
 
@@ -44,6 +45,20 @@ class Score:
     psnr_db: float  # where the truth enhances; peak = 1 (white matter), never the maximum
     ssim: float  # there; range 1
     dice: float  # of y > 0.1 and truth > 0.1 in the brain
+
+
+@dataclass(frozen=True)
+class Range:
+    """Lesions by diameter (mm) and mean true enhancement, from the lower limits to below the upper ones."""
+
+    smallest_mm: float = 0.0
+    largest_mm: float = np.inf
+    weakest: float = 0.0
+    strongest: float = np.inf
+
+    def holds(self, diameter_mm: float, enhancement: float) -> bool:
+        """Whether a lesion is one of them."""
+        return self.smallest_mm <= diameter_mm < self.largest_mm and self.weakest <= enhancement < self.strongest
 
 
 @dataclass(frozen=True)
@@ -69,6 +84,10 @@ class Found:
     lesions: list[Lesion]
     false_counts: npt.NDArray[np.intp]  # false components above each of LEVELS, all studies
     studies: int
+
+    def among(self, limits: Range) -> list[Lesion]:
+        """The lesions of a range."""
+        return [one for one in self.lesions if limits.holds(one.diameter_mm, one.enhancement)]
 
 
 def score(signal: Array, truth: Array, brain: Mask, spacing_mm: tuple[float, float, float]) -> Score | None:
@@ -141,15 +160,17 @@ def make_test_sample(seed: int, dose_fraction: float, side: int, stated: float |
     return sample_of(replace(phantom, scenario=replace(scenario, dose_fraction=stated or dose_fraction)))
 
 
-def usable_seeds(count: int, side: int = 96, *, first: int = TEST_SEED, workers: int = 1) -> tuple[list[int], int]:
-    """The first `count` seeds whose study the quality gate takes at a third of the dose, and how many it refused.
+def usable_studies(
+    count: int, side: int = 96, *, first: int = TEST_SEED, workers: int = 1
+) -> tuple[dict[int, Sample], int]:
+    """The first `count` studies, by seed, that the quality gate takes at JUDGED_DOSE, and how many it refused.
 
     No image is made of a study that is refused. The same seeds serve every dose.
     """
     seeds = range(first, first + count + count // 2 + 4)
-    usable: list[int] = []
+    usable: dict[int, Sample] = {}
     turned_away = 0
-    for seed, sample in zip(seeds, _simulated(seeds, 0.33, side, None, workers), strict=True):
+    for seed, sample in zip(seeds, _simulated(seeds, JUDGED_DOSE, side, None, workers), strict=True):
         if len(usable) == count:
             break
         if sample is None:
@@ -157,7 +178,7 @@ def usable_seeds(count: int, side: int = 96, *, first: int = TEST_SEED, workers:
         if refused(sample.figures):
             turned_away += 1
         else:
-            usable.append(seed)
+            usable[seed] = sample
     return usable, turned_away
 
 
@@ -255,10 +276,9 @@ def by_study(lesions: Sequence[Lesion], value: Callable[[Lesion], float]) -> Int
     return float(sums[:, 0].sum() / sums[:, 1].sum()), float(low), float(high)
 
 
-def sensitivity(found: Found, threshold: float, smallest_mm: float = 0.0, largest_mm: float = np.inf) -> Interval:
-    """Share of lesions of a range of diameters whose 0.9 quantile of signal exceeds the threshold."""
-    some = [lesion for lesion in found.lesions if smallest_mm <= lesion.diameter_mm < largest_mm]
-    return by_study(some, lambda lesion: float(lesion.level > threshold))
+def sensitivity(found: Found, threshold: float, limits: Range) -> Interval:
+    """Share of lesions of a range whose 0.9 quantile of signal exceeds the threshold."""
+    return by_study(found.among(limits), lambda lesion: float(lesion.level > threshold))
 
 
 def threshold_at(found: Found, false_per_study: float) -> float:
@@ -270,8 +290,8 @@ def threshold_at(found: Found, false_per_study: float) -> float:
     return float(LEVELS[min(too_many[-1] + 1, len(LEVELS) - 1) if len(too_many) else 0])
 
 
-def ideal_sensitivity(samples: Sequence[Sample], smallest_mm: float, largest_mm: float) -> float:
-    """Share of lesions that a matched filter, told shape and place, would find (d' of 5.5 or more).
+def ideal_sensitivity(samples: Sequence[Sample], limits: Range) -> float:
+    """Share of lesions of a range that a matched filter, told shape and place, would find (d' of 5.5 or more).
 
     An estimate, no bound: d'^2 is the energy of the true enhancement times the dose fraction over the variance of the
     subtraction. At low dose lesions enhance more than in proportion, and noise is not white.
@@ -282,7 +302,8 @@ def ideal_sensitivity(samples: Sequence[Sample], smallest_mm: float, largest_mm:
         sigma = float(np.median(sample.images[2].astype(np.float32)[sample.brain]))
         for label, diameter in enumerate(sample.diameters_mm, 1):
             where = sample.labels == label
-            if where.sum() < 3 or truth[where].mean() < 0.02 or not smallest_mm <= diameter < largest_mm:
+            mean = float(truth[where].mean()) if where.sum() >= 3 else 0.0
+            if mean < 0.02 or not limits.holds(diameter, mean):
                 continue
             energy = float(np.sum((truth[where] * sample.scenario.dose_fraction) ** 2))
             told.append(np.sqrt(energy) / sigma >= CHANCE)

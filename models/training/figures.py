@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 Curve = Mapping[float, Interval]  # x to mean with interval
 
 
-def draw_curves(path: Path, panels: Sequence[tuple[str, Mapping[str, Curve]]], x: str) -> None:
-    """One panel for each (label of y, method to curve), with 95 % intervals."""
+def draw_curves(path: Path, panels: Sequence[tuple[str, Mapping[str, Curve]]], x: str, *, log: bool = False) -> None:
+    """One panel for each (label of y, method to curve), with 95 % intervals; x as logarithms of 2 where `log`."""
     figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.8), squeeze=False)
     for axis, (label, curves) in zip(axes[0], panels, strict=True):
         for name, curve in curves.items():
@@ -29,6 +29,8 @@ def draw_curves(path: Path, panels: Sequence[tuple[str, Mapping[str, Curve]]], x
             line = axis.plot(at, mean, marker="o", markersize=3, label=name)[0]
             axis.fill_between(at, low, high, alpha=0.15, color=line.get_color())
         axis.set(xlabel=x, ylabel=label)
+        if log:
+            axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=8)
     _save(figure, path)

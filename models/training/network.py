@@ -26,10 +26,13 @@ from models.condition import (
     UNKNOWN_DOSE_FRACTION,
 )
 
+CAP = 0.3  # of white matter: what a gate of 0 lets through at most
+NEIGHBOURLY = 2.0  # how much further a gate opens than its own evidence says, where there is more beside it
 CLEAR = 3.0  # signal-to-noise ratio, after smoothing, at which an untrained network opens its gate by half
 NOISE_LEFT = slice(NAMES.index("log_noise_left_1"), NAMES.index("log_noise_left_3") + 1)
 FULL_RESOLUTION = ("stem", "enter.0", "leave.0", "head", "embed")  # names of its weights, and of what all levels share
 STRIDE = 4  # volumes are padded to a multiple of this
+STRICT_FROM = 0.33  # dose fraction from which on the gate's offset applies in full; below, in proportion
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ class Parts(NamedTuple):
 
     signal: Tensor  # if there is any, not negative
     gate: Tensor  # logit of the chance that there is, before the operating point, judged together with its neighbours
+    offset_share: Tensor  # (n, 1, 1, 1, 1): how much of the gate's offset applies at the dose
     bound: Tensor
     coarse: tuple[Tensor, Tensor]  # (n, 2, ...), signal and logit, at half and quarter resolution on the way back
 
@@ -113,7 +117,7 @@ class Network(nn.Module):
     def __init__(self, architecture: Architecture, *, conditioned: bool = True) -> None:
         super().__init__()
         self.conditioned = conditioned  # if not, the graph forgets the acquisition, but for the bound: a baseline
-        self.gate_offset = 0.0  # the operating point: how much stricter the gate is than it was trained
+        self.gate_offset = 0.0  # the operating point: what is taken from the gate's logit
         a, b, c = architecture.widths
         e = architecture.embedding
         self.embed = nn.Sequential(nn.Linear(len(NAMES), e), nn.SiLU(), nn.Linear(e, e), nn.SiLU())
@@ -173,8 +177,17 @@ class Network(nn.Module):
 
     def unbounded(self, images: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """The prediction before the bound, and the bound; both (n, 1, k, j, i) and non-negative."""
-        signal, gate, bound, _ = self.parts(images, condition)
-        return torch.sigmoid(gate - self.gate_offset) * signal, bound
+        signal, gate, offset_share, bound, _ = self.parts(images, condition)
+        return self.opened(signal, gate, offset_share), bound
+
+    def opened(self, signal: Tensor, gate: Tensor, offset_share: Tensor) -> Tensor:
+        """The signal behind the gate at the operating point: half the harmonic mean of it and CAP * exp(gate - offset).
+
+        So a gate that is nearly shut lets nothing through that is seen, however strong the signal would be. What is
+        faint at a third of the dose is fainter below it: there the same offset shut many lesions away (ADR 18).
+        """
+        shut = torch.clamp(self.gate_offset * offset_share - gate, -30, 30)
+        return signal / (1 + signal / CAP * torch.exp(shut))
 
     def parts(self, images: Tensor, condition: Tensor) -> Parts:
         """What a prediction of `unbounded` is made of."""
@@ -199,7 +212,10 @@ class Network(nn.Module):
         signal = torch.sigmoid(share + 3) * linear * torch.exp(0.5 * torch.tanh(gain)) + own
         prior = 2 * (clarity[:, 1:].amax(1, keepdim=True) - CLEAR)
         gate = self._blur(self._blur(gate + torch.clamp(prior, -6, 6), 1), 1)  # in one voxel alone it is mostly noise
-        return Parts(functional.relu(signal), gate, bound, coarse)
+        beside = functional.max_pool3d(self._blur(gate, 1), 3, stride=1, padding=1)
+        gate = torch.minimum(gate + NEIGHBOURLY, beside)  # noise is alone, what enhances has neighbours that do
+        offset_share = torch.clamp(dose / STRICT_FROM, max=1)
+        return Parts(functional.relu(signal), gate, offset_share, bound, coarse)
 
     def _body(self, seen: Tensor, embedding: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         full = self.enter[0](self.stem(seen), embedding)

@@ -4,6 +4,9 @@ Hides the physics: SPGR, MPRAGE (IR-SPGR) and spin-echo signal as functions of R
 ideal image (point spread, correlated Rician noise, bias and gain fields, residual motion). Equations run on NumPy
 arrays and on torch tensors alike (array API). Must never use global random state: the generator is passed in.
 
+A turbo spin echo is taken for a spin echo: recovery begins after its last echo, as if TR were shorter by the train of
+echoes, some 0.05 s of 0.45 to 0.75 s, and TE is that of the centre of k-space.
+
 Sources. SPGR: Ernst and Anderson 1966. MPRAGE: steady state of a train of N low-angle readouts after an inversion
 every TR, as in Deichmann et al., NeuroImage 2000;12:112-127. Tissue constants: Stanisz et al. 2005, Gach 2008, Lu et
 al. 2004; widened, because published white-matter T1 at 3 T spans 0.6 to 1.1 s.

@@ -213,7 +213,7 @@ def test_a_card_that_cannot_be_read_is_refused(model_copy: Path, card: bytes) ->
 
 def test_a_halo_that_would_cut_tiles_between_the_strides_is_refused(model_copy: Path) -> None:
     card = model_copy / "card.toml"
-    card.write_text(card.read_text().replace("halo_voxels = 56", "halo_voxels = 54"))
+    card.write_text(card.read_text().replace("halo_voxels = 60", "halo_voxels = 54"))
     with pytest.raises(ModelError, match="54 is no multiple of the stride 4"):
         read_card(model_copy)
 

@@ -17,7 +17,7 @@ from lowgad import main
 from models.card import DEFAULT_MODEL, ZOO
 from models.condition import NAMES, SEQUENCE_NAMES, TIMING_NAMES
 from models.training.ablation import ablations
-from models.training.evaluate import FALSE, LEVELS, Found, _components, make_test_sample, threshold_at
+from models.training.evaluate import FALSE, LEVELS, Found, Range, _components, held_out, make_test_sample, threshold_at
 from models.training.samples import TEST_SEED, VALIDATION_SEED, Sample
 from worker import evaluation
 from worker.evaluation import write_card, write_validation
@@ -66,6 +66,37 @@ def test_every_study_is_of_one_kind_for_each_question_and_compared_with_the_true
     assert [sum(studies[kind] for kind in kinds) for kinds in QUESTIONS] == [STUDIES] * len(QUESTIONS)
 
 
+def test_every_lesion_is_counted_once_by_diameter_and_once_by_enhancement(evaluated: Path) -> None:
+    counts = [Counter[tuple[str, str]](), Counter[tuple[str, str]]()]
+    for count, table in zip(counts, ("lesions", "enhancement"), strict=True):
+        for row in rows(evaluated, table):
+            count[row["dose"], row["method"]] += int(row["lesions"])
+    assert counts[0] == counts[1]
+    assert set(counts[0].values()) == {counts[0]["33%", "network"]} != {0}
+
+
+@pytest.mark.parametrize(
+    ("diameter_mm", "enhancement", "holds"),
+    [(3, 0.2, True), (4.9, 0.39, True), (2.9, 0.3, False), (5, 0.3, False), (4, 0.19, False), (4, 0.4, False)],
+)
+def test_a_range_of_lesions_holds_its_lower_limits_and_not_its_upper_ones(
+    diameter_mm: float, enhancement: float, holds: bool
+) -> None:
+    assert Range(3, 5, 0.2, 0.4).holds(diameter_mm, enhancement) is holds
+
+
+def test_rescans_without_contrast_are_said_to_be_of_a_third_and_of_a_tenth(evaluated: Path) -> None:
+    assert {(row["said"], row["method"]) for row in rows(evaluated, "rescans")} == {
+        (said, method) for said in ("10%", "33%") for method in ("network", "linear engine")
+    }
+
+
+def test_an_evaluation_keeps_its_seeds(evaluated: Path) -> None:
+    seeds = [int(row["seed"]) for row in rows(evaluated, "seeds")]
+    assert len(seeds) == STUDIES
+    assert min(seeds) >= TEST_SEED
+
+
 def test_a_card_says_what_the_model_cannot_do_and_shows_every_table(evaluated: Path) -> None:
     card = (evaluated / "CARD.md").read_text()
     titles = [line[3:] for line in card.splitlines() if line.startswith("## ")]
@@ -75,6 +106,7 @@ def test_a_card_says_what_the_model_cannot_do_and_shows_every_table(evaluated: P
         "Methods",
         "Kinds of studies",
         "Lesions",
+        "Lesions by enhancement",
         "Rescans without contrast",
         "What the inputs are worth",
         "What the embedding tells apart",
@@ -97,14 +129,21 @@ def test_validation_is_on_other_studies_and_makes_no_card(tmp_path: Path, monkey
     monkeypatch.setattr(evaluation, "SIDE", 32)
     asked: list[int] = []
 
-    def usable(*_: object, first: int, **__: object) -> tuple[list[int], int]:
+    def usable(*_: object, first: int, **__: object) -> tuple[dict[int, Sample], int]:
         asked.append(first)
-        return [first, first + 1], 0
+        seeds = [first, first + 1]
+        return dict(zip(seeds, held_out(seeds, 0.33, 32), strict=True)), 0
 
-    monkeypatch.setattr(evaluation, "usable_seeds", usable)
+    monkeypatch.setattr(evaluation, "usable_studies", usable)
     write_validation(tmp_path, studies=2, say=lambda _: None)
     assert asked == [VALIDATION_SEED]
-    assert {path.name for path in (tmp_path / "validation").iterdir()} == {"methods.csv", "kinds.csv", "lesions.csv"}
+    assert {path.name for path in (tmp_path / "validation").iterdir()} == {
+        "methods.csv",
+        "kinds.csv",
+        "lesions.csv",
+        "enhancement.csv",
+        "seeds.csv",
+    }
     assert not (tmp_path / "CARD.md").exists()
 
 
@@ -137,7 +176,7 @@ def test_a_threshold_is_not_lowered_to_where_false_signals_have_grown_together()
     counts = np.where((LEVELS > 0.2) & (LEVELS < 0.5), 9, 1)
     found = Found([], [], counts, studies=2)
     assert 0.5 <= threshold_at(found, 1.0) < 0.56
-    assert threshold_at(found, 5.0) == FALSE
+    assert threshold_at(found, 5.0) == LEVELS[0] < FALSE
     noise = ndimage.gaussian_filter(np.random.default_rng(0).standard_normal((24, 24, 24)), 1).astype(np.float32)
     brain = np.ones(noise.shape, bool)
     (low, high) = (_components(noise, brain, (1, 1, 1), level) for level in (0.0, 0.15))
@@ -150,9 +189,7 @@ def test_an_unknown_header_value_takes_with_it_what_inference_would_not_know_eit
         "field strength": {"field", "field_known", "log_effective_dose", "relaxivity", "agent_known"},
         "sequence": {*SEQUENCE_NAMES, *TIMING_NAMES},
     }
-    lost["agent"] = lost["dose"] = {
-        "log_dose_fraction", "dose_known", "log_effective_dose", "relaxivity", "agent_known"
-    }  # fmt: skip
+    lost["dose or agent"] = {"log_dose_fraction", "dose_known", "log_effective_dose", "relaxivity", "agent_known"}
     for group, names in lost.items():
         for sample, before in zip(changed[f"{group} unknown"], two, strict=True):
             zero = [name for name, value in zip(NAMES, sample.condition, strict=True) if value == 0]

@@ -23,9 +23,10 @@ from models.training.patches import Held
 from models.training.phantom import Scenario, make_phantom
 from models.training.samples import Block, make_sample, sample_of
 from models.training.site import cut, enhancement_chance, hold_out, padded, simulated_block, target
-from models.training.train import PRESETS, Config, train
+from models.training.train import PRESETS, Config, _stated, train
 from models.volume import Array, Mask
 from service.core.errors import Permanent, Reason
+from service.core.protocols import Protocol
 from tests.numeric.phantoms import MPRAGE
 from worker.phantom_study import write_phantom_study
 from worker.triplets import read_triplet, read_triplets
@@ -149,9 +150,8 @@ def test_a_sites_studies_are_not_read_for_a_run_that_is_refused_anyway(tmp_path:
     assert "a site's is what it measured" in done.output
 
 
-def test_a_run_on_another_target_says_so(tmp_path: Path) -> None:
-    train(replace(PRESETS["smoke"], steps=1, validation=0, target="masked"), tmp_path / "run")
-    said = json.loads((tmp_path / "run" / "config.json").read_text())["data"]
+def test_a_run_on_another_target_says_so() -> None:
+    said = _stated(replace(PRESETS["smoke"], target="masked"), None, None).data
     assert said == "simulated, target: the standard dose as acquired, masked"
 
 
@@ -167,8 +167,8 @@ def test_a_block_smaller_than_a_patch_is_padded_and_one_larger_is_cut_to_cover_t
 
 def write_triplet(folder: Path, seed: int) -> None:
     shape = (56, 70, 60)
-    low, standard = (make_phantom(seed, shape=shape, scenario=scenario(dose, 3.0), whole=True) for dose in (0.25, 1.0))
-    write_phantom_study(low, seed, folder, standard)
+    phantom = make_phantom(seed, shape=shape, scenario=scenario(0.25, 3.0), whole=True, standard=True)
+    write_phantom_study(phantom, seed, folder)
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +243,24 @@ def test_what_the_low_dose_header_does_not_say_stays_unknown(site: Path, tmp_pat
     known = dict(zip(NAMES, block.condition, strict=True))
     assert (known["agent_known"], known["dose_known"], known["log_dose_fraction"]) == (0, 0, 0)
     assert known["field_known"] == 1
+
+
+def test_the_sites_protocols_say_what_the_low_dose_header_does_not_as_at_inference(site: Path, tmp_path: Path) -> None:
+    bare = changed(site / "study-1", tmp_path / "bare", ["low"], ContrastBolusAgent=None, ContrastBolusVolume=None)
+    rule = Protocol(
+        name="low dose", series_description="*low dose", role="low", agent="gadobutrol", dose_mmol_per_kg=0.025
+    )
+    _, block = read_triplet(bare, [rule])
+    known = dict(zip(NAMES, block.condition, strict=True))
+    assert (known["agent_known"], known["dose_known"]) == (1, 1)
+    assert np.exp(known["log_dose_fraction"]) == pytest.approx(0.25)
+
+
+def test_a_simulated_study_with_its_standard_dose_can_be_trained_on(tmp_path: Path) -> None:
+    arguments = ["--seed", "1", "--dose", "0.25", "--spacing", "3", "--noise", "0.02", "--stripped", "--standard"]
+    done = CliRunner().invoke(lowgad.main, ["simulate", str(tmp_path), *arguments])
+    assert done.exit_code == 0, done.output
+    assert read_triplet(tmp_path)[0] == "lowgad-phantom-1"
 
 
 def test_all_studies_of_one_patient_are_held_out_whatever_is_read_first_or_added() -> None:
