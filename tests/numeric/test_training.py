@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import itertools
+from collections.abc import Generator
 from dataclasses import asdict, replace
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -62,6 +64,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def small_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that are not about simulation take small blocks, made in this process."""
+
+    def stream(first_seed: int, *_: object) -> Generator[Block, None, None]:
+        made = (make_sample(seed, shape=(32, 32, 32)) for seed in itertools.count(first_seed))
+        yield from (block for block in made if block)
+
+    monkeypatch.setattr("models.training.train.stream", stream)
+
+
 def test_a_run_goes_on_from_its_checkpoint_and_keeps_its_log(run: Path) -> None:
     train(replace(TINY, steps=3), run, report=lambda _: None)
     with (run / "log.csv").open() as file:
@@ -70,6 +83,7 @@ def test_a_run_goes_on_from_its_checkpoint_and_keeps_its_log(run: Path) -> None:
     assert load_network(run / "checkpoint.pt")[1]["steps"] == 3
 
 
+@pytest.mark.usefixtures("small_heads")
 def test_the_weights_to_start_from_fit_the_network_and_tell_where_they_come_from(tmp_path: Path) -> None:
     start = files("models.training") / "start" / "small-tune.pt"
     with as_file(start) as path:
@@ -93,6 +107,7 @@ def test_the_weights_to_start_from_fit_the_network_and_tell_where_they_come_from
     assert all(weights.dtype is torch.float32 for weights in saved["average"].values())
 
 
+@pytest.mark.usefixtures("small_heads")
 def test_the_average_of_runs_has_their_mean_weights_and_names_them(tmp_path: Path) -> None:
     trained = tmp_path / "first" / "checkpoint.pt"
     train(replace(TINY, steps=1), trained.parent, report=lambda _: None)
@@ -250,6 +265,7 @@ def test_a_network_without_conditions_forgets_the_acquisition_but_for_its_bound(
     assert np.allclose(tenth, 5 * half)
 
 
+@pytest.mark.usefixtures("small_heads")
 def test_a_run_without_conditions_says_so_and_starts_no_run_with_them(tmp_path: Path) -> None:
     arguments = ["--preset", "smoke", "--steps", "1", "--out", str(tmp_path / "blind"), "--unconditioned"]
     done = CliRunner().invoke(lowgad.main, ["train", *arguments])
@@ -550,6 +566,7 @@ def test_what_a_coarse_level_says_costs_nothing_only_where_it_is_the_truth() -> 
             assert coarse_loss(wrong, targets) > 0.1
 
 
+@pytest.mark.usefixtures("small_heads")
 def test_a_share_of_nothing_leaves_the_full_resolution_as_it_was(tmp_path: Path) -> None:
     begun = random_checkpoint(tmp_path / "begun.pt")
     config = replace(PRESETS["smoke"], steps=1, validation=0, full_share=0.0)
