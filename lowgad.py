@@ -346,12 +346,11 @@ def average(checkpoints: tuple[Path, ...], out: Path) -> None:
 @click.option("--id", "model_id", required=True, help="Name of the model")
 @click.option(
     "--gate-offset",
-    default=0.0,
-    show_default=True,
-    help="Operating point: larger is stricter; below .33 of the dose it counts in proportion",
+    type=float,
+    help="Operating point, else that of training: larger is stricter; in proportion below .33 of the standard dose",
 )
 @click.option("--fp16", is_flag=True, help="A half-precision network too, which CUDA then runs")
-def export(checkpoint: Path, folder: Path, model_id: str, *, gate_offset: float, fp16: bool) -> None:
+def export(checkpoint: Path, folder: Path, model_id: str, *, gate_offset: float | None, fp16: bool) -> None:
     """Export a CHECKPOINT to the model FOLDER and prove it against torch (needs the extra `train`)."""
     from models.training.export import export as run_export
 

@@ -82,6 +82,7 @@ def read_card(folder: Path) -> Card:
         raise ModelError(f"model {values.get('id')}: made for contract {contract}, this is {CONTRACT_VERSION}")
     try:
         typed = {"limits": tuple(values.get("limits", ())), "gate_offset": float(values["gate_offset"])}
+        typed["gate_strict_from"] = float(values.get("gate_strict_from", 0))
         card = Card(**{**values, **typed}, folder=folder)
         found = {path.name: (_digest(path), said) for path, said in card.networks.values()}
     except (OSError, KeyError, TypeError, ValueError) as error:

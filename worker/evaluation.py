@@ -105,12 +105,13 @@ class _Studied:
     standard: dict[str, Found]  # the standard dose itself, by how it is treated
 
     def tables(self, say: Say) -> dict[str, list[Row]]:
-        """All methods together, kinds of studies apart, and lesions by diameter and by enhancement."""
+        """All methods together, kinds of studies apart, lesions by diameter and by enhancement, and the seeds."""
         return {
             "methods": _methods(self.results | {1.0: self.standard}, say),
             "kinds": list(_kinds(self.samples[JUDGED_DOSE], self.results[JUDGED_DOSE], self.standard[STANDARD])),
             "lesions": list(_lesions(self, "diameter_mm", DIAMETERS)),
             "enhancement": list(_lesions(self, "enhancement", ENHANCEMENTS)),
+            "seeds": [{"seed": str(seed)} for seed in self.seeds],
         }
 
 
@@ -165,7 +166,7 @@ def write_card(
         "embedding": _embedding(engine.card, out),
     }
     (out / "real.csv").unlink(missing_ok=True)
-    _write_tables(out, tables | {"seeds": [{"seed": str(seed)} for seed in studied.seeds]})
+    _write_tables(out, tables)
     _draw(out, studied, engine)
     (folder / "CARD.md").write_text(render(engine.card, tables, len(studied.seeds), studied.refused), encoding="utf-8")
 
@@ -178,7 +179,7 @@ def write_validation(folder: Path, *, studies: int, say: Say, against: Sequence[
     engine, out = NetworkEngine(folder), folder / "validation"
     out.mkdir(exist_ok=True)
     studied = _study(engine, against, studies=studies, first=VALIDATION_SEED, say=say, workers=workers)
-    _write_tables(out, studied.tables(say) | {"seeds": [{"seed": str(seed)} for seed in studied.seeds]})
+    _write_tables(out, studied.tables(say))
 
 
 def network_method(engine: NetworkEngine) -> Method:
@@ -241,7 +242,6 @@ def _lesions(studied: _Studied, measure: str, ranges: Mapping[str, Range]) -> It
     """Lesions by diameter or enhancement: how much of them is recovered, how many are found; an ideal observer."""
     for dose in FULL_DOSES:
         for name, found in (studied.results[dose] | studied.standard).items():
-            threshold = threshold_at(found, OPERATING_RATE)
             for label, limits in ranges.items():
                 some = found.among(limits)
                 yield {
@@ -250,7 +250,7 @@ def _lesions(studied: _Studied, measure: str, ranges: Mapping[str, Range]) -> It
                     measure: label,
                     "lesions": str(len(some)),
                     "found_above_0.1": _text(sensitivity(found, FALSE, limits)),
-                    "found_at_0.5_false": _text(sensitivity(found, threshold, limits)),
+                    "found_at_0.5_false": _text(_found_at(OPERATING_RATE, found, limits)),
                     "ideal_observer": f"{ideal_sensitivity(studied.samples[dose], limits):.3f}",
                     "recovery": _text(by_study(some, lambda one: one.recovery)),
                     "peak_recovery": _text(by_study(some, lambda one: one.peak_recovery)),
@@ -362,7 +362,7 @@ def _draw(out: Path, studied: _Studied, engine: NetworkEngine) -> None:
         shown = {"network": results[dose]["network"], "linear engine": results[dose]["linear engine"]}
         shown[STANDARD] = studied.standard[STANDARD]
         bars = {
-            name: [sensitivity(found, threshold_at(found, OPERATING_RATE), limits) for limits in DIAMETERS.values()]
+            name: [_found_at(OPERATING_RATE, found, limits) for limits in DIAMETERS.values()]
             for name, found in shown.items()
         }
         bars["ideal observer"] = [(ideal_sensitivity(samples[dose], limits),) * 3 for limits in DIAMETERS.values()]
@@ -371,7 +371,7 @@ def _draw(out: Path, studied: _Studied, engine: NetworkEngine) -> None:
         figures.draw_bars(out / f"detection_{100 * dose:.0f}.png", names, bars, label)
         panels = []
         for label, limits in FROC.items():
-            curves = {name: _froc(found, limits) for name, found in shown.items()}
+            curves = {name: {rate: _found_at(rate, found, limits) for rate in RATES} for name, found in shown.items()}
             curves["ideal observer"] = dict.fromkeys(RATES, (ideal_sensitivity(samples[dose], limits),) * 3)
             panels.append((label, curves))
         figures.draw_curves(
@@ -380,8 +380,9 @@ def _draw(out: Path, studied: _Studied, engine: NetworkEngine) -> None:
     figures.draw_examples(out / "examples.png", [_example(sample, engine) for sample in samples[JUDGED_DOSE][:5]])
 
 
-def _froc(found: Found, limits: Range) -> dict[float, Interval]:
-    return {rate: sensitivity(found, threshold_at(found, rate), limits) for rate in RATES}
+def _found_at(rate: float, found: Found, limits: Range) -> Interval:
+    """Share of the lesions of a range that are found at so many false components per study."""
+    return sensitivity(found, threshold_at(found, rate), limits)
 
 
 def _example(sample: Sample, engine: NetworkEngine) -> dict[str, Array]:
@@ -401,14 +402,14 @@ def _example(sample: Sample, engine: NetworkEngine) -> dict[str, Array]:
 
 def render(card: Card, tables: Mapping[str, Sequence[Row]], studies: int, refused: int) -> str:
     """CARD.md."""
+    below = f", below {card.gate_strict_from:.0%} of the standard dose in proportion" if card.gate_strict_from else ""
     head = (
         f"# {card.id}\n\n"
         f"**{card.intended_use}.**\n\n"
         f"Predicts the contrast signal of the standard dose from a pre-contrast and a low-dose T1 volume.\n\n"
         f"| | |\n| --- | --- |\n| variant | {card.variant} |\n| training data | {card.training_data} |\n"
         f"| training | preset {card.preset}, {card.steps} steps, seed {card.seed} |\n"
-        f"| operating point | gate offset {card.gate_offset:g}, below {card.gate_strict_from:.0%} of the standard dose "
-        f"in proportion |\n"
+        f"| operating point | gate offset {card.gate_offset:g}{below} |\n"
         f"| ONNX opset | {card.opset} |\n| contract | {card.contract} |\n"
         f"| SHA-256 of model.onnx | `{card.sha256}` |\n\n"
     )

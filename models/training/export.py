@@ -44,7 +44,7 @@ class ParityError(ValueError):
 
 
 def load_network(checkpoint: Path) -> tuple[Network, dict[str, object]]:
-    """The averaged network of a checkpoint, in evaluation mode, and the configuration of its run.
+    """The averaged network of a checkpoint at its run's operating point, to evaluate, and the configuration of the run.
 
     Raises:
         ValueError: its weights are of another architecture.
@@ -53,6 +53,7 @@ def load_network(checkpoint: Path) -> tuple[Network, dict[str, object]]:
     config = {**saved["config"], "steps": saved["step"]}
     network = Network(VARIANTS[str(config["variant"])], conditioned=bool(config.get("conditioned", True)))
     network.take(saved["average"])
+    network.gate_offset = float(config.get("loss_offset", 0.0))
     network.state_dict()["embed.0.weight"].mul_(network.kept)  # what is never told has no weight
     return network.eval(), config
 
@@ -70,7 +71,7 @@ def export(
     folder: Path,
     *,
     model_id: str,
-    gate_offset: float = 0.0,
+    gate_offset: float | None = None,
     half: bool = False,
 ) -> float:
     """Write a model folder.
@@ -81,7 +82,7 @@ def export(
         model_id: name of the model.
         gate_offset: the operating point: what is taken from the logit of the gate, in full from STRICT_FROM of the
             standard dose on and in proportion below, so that fewer voxels falsely enhance and more are missed. To be
-            chosen on validation studies.
+            chosen on validation studies; that of training where None.
         half: write model-fp16.onnx, too.
 
     Returns:
@@ -91,10 +92,11 @@ def export(
         ParityError: a difference exceeds its tolerance.
         ValueError: the offset is negative, or the checkpoint is of another architecture.
     """
-    if gate_offset < 0:
-        raise ValueError(f"a gate offset of {gate_offset:g} is negative: the gate would show what it takes for noise")
     network, config = load_network(checkpoint)
-    network.gate_offset = gate_offset
+    if gate_offset is not None:
+        network.gate_offset = gate_offset
+    if network.gate_offset < 0:
+        raise ValueError(f"a gate offset of {gate_offset:g} is negative: the gate would show what it takes for noise")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "card.toml").unlink(missing_ok=True)  # no card, no model: a failure leaves nothing that loads
     model = _traced(network, folder / "model.onnx")
@@ -103,7 +105,7 @@ def export(
         written["fp16"] = _write(halved(model), folder / "model-fp16.onnx", network, "fp16")
     else:
         (folder / "model-fp16.onnx").unlink(missing_ok=True)
-    text = _card(model_id, config, written, gate_offset)
+    text = _card(model_id, config, written, network.gate_offset)
     (folder / "card.toml").write_text(text, encoding="utf-8")
     return written["fp32"].parity
 

@@ -28,7 +28,7 @@ from models.condition import (
 
 CAP = 0.3  # of white matter: what a gate of 0 lets through at most
 NEIGHBOURLY = 2.0  # how much further a gate opens than its own evidence says, where there is more beside it
-CLEAR = 3.0  # signal-to-noise ratio, after smoothing, at which an untrained network opens its gate by half
+CLEAR = 3.0  # signal-to-noise ratio, after smoothing, at which the logit of an untrained network's gate is 0
 NOISE_LEFT = slice(NAMES.index("log_noise_left_1"), NAMES.index("log_noise_left_3") + 1)
 FULL_RESOLUTION = ("stem", "enter.0", "leave.0", "head", "embed")  # names of its weights, and of what all levels share
 STRIDE = 4  # volumes are padded to a multiple of this
@@ -105,7 +105,7 @@ class Parts(NamedTuple):
     """What a prediction is made of, each (n, 1, k, j, i), and what training asks of the coarse levels."""
 
     signal: Tensor  # if there is any, not negative
-    gate: Tensor  # logit of the chance that there is, before the operating point, judged together with its neighbours
+    gate: Tensor  # evidence that there is, learned as a logit; with its neighbours', before the operating point
     offset_share: Tensor  # (n, 1, 1, 1, 1): how much of the gate's offset applies at the dose
     bound: Tensor
     coarse: tuple[Tensor, Tensor]  # (n, 2, ...), signal and logit, at half and quarter resolution on the way back

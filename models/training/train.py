@@ -53,7 +53,7 @@ class Config:
     rate: float = 1e-3
     full_share: float = 1.0  # of the rate at full resolution; at 0 its weights stay, and only `coarse_loss` is learned
     warm_up: int = 200  # steps over which the rate rises
-    loss_offset: float = 0.0  # gate offset at which `loss` sees the signal; export has its own
+    loss_offset: float = 0.0  # gate offset for `loss` and `validate`, and for export unless another is chosen
     false_full_at: int = 3000  # steps over which the weight of false enhancement rises; in full at once if 0
     fill: int = 16  # blocks simulated before the first step
     keep: int = 200  # simulated blocks held at a time

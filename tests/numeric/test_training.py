@@ -47,6 +47,7 @@ from models.training.train import (
     PRESETS,
     Config,
     _start,
+    _step,
     coarse_loss,
     gate_loss,
     loss,
@@ -403,10 +404,24 @@ def test_below_a_third_of_the_dose_the_gate_is_less_strict_in_proportion(
 
 
 def test_a_run_learns_at_the_operating_point_it_is_given_and_refuses_a_negative_one(tmp_path: Path) -> None:
-    begun = _start(replace(TINY, loss_offset=4.0), tmp_path, None)
-    assert (begun.network.gate_offset, begun.average.gate_offset) == (4.0, 4.0)
+    block = make_sample(3, shape=(32, 32, 32))
+    assert block
+    losses = []
+    for offset in (0.0, 4.0):
+        config = replace(TINY, loss_offset=offset)
+        begun = _start(config, tmp_path, None)
+        assert begun.average.gate_offset == offset
+        losses.append(_step(begun, config, [begun.hold(block)]).item())
+    assert losses[0] != losses[1]
     with pytest.raises(ValueError, match="a loss offset of -1 is negative"):
         train(replace(TINY, loss_offset=-1.0), tmp_path)
+
+
+def test_a_network_is_exported_at_the_operating_point_of_its_training_unless_another_is_chosen(tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(tmp_path / "c.pt", loss_offset=4.0)
+    for chosen, written in ((None, 4.0), (3.0, 3.0), (0.0, 0.0)):
+        export(checkpoint, tmp_path, model_id="test", gate_offset=chosen)
+        assert read_card(tmp_path).gate_offset == written
 
 
 def test_what_a_gate_lets_through_grows_with_signal_and_evidence_and_stays_below_both_limits() -> None:
