@@ -4,8 +4,10 @@ Hides the spelling of agents in headers and the interpolation of relaxivity over
 text that names no agent, or two, gives None.
 
 Sources. r1 in whole blood at 37 C for 1.5, 3 and 7 T: Shen et al., Invest Radiol 2015;50:330-338. Gadopiclenol is not
-in that table: plasma values at 1.5 and 3 T, held constant above 3 T. Concentrations, standard doses and mg/mL: product
-labels. Codes: DICOM PS3.16 CID 12 (2024c), scheme SCT; gadopiclenol has no code there.
+in that table: values in plasma at 1.5 and 3 T, from a secondary source, held constant above 3 T. Plasma reads higher
+than blood (gadobutrol at 3 T 4.97 in plasma: Szomolanyi et al., Invest Radiol 2019;54:559-564), so that its effective
+dose is overstated by perhaps a tenth. Concentrations, standard doses and mg/mL: product labels. Codes: DICOM PS3.16
+CID 12 (2024c), scheme SCT; gadopiclenol has no code there.
 """
 
 from __future__ import annotations

@@ -226,7 +226,7 @@ def compare(pre: Array, low: Array, brain: Mask, spacing_mm: tuple[float, float,
     corrected = (gain * field * low).astype(np.float32)
     displacement, moved = _residual_motion(corrected, pre, brain, spacing_mm)
     subtraction = moved - pre
-    sigma = _high_pass_noise(subtraction, brain)
+    sigma = high_pass_noise(subtraction, brain)
     noise = _local_noise(subtraction, brain, spacing_mm)
     return Comparison(subtraction, gain, field, sigma, noise, _noise_left(subtraction, brain), displacement)
 
@@ -379,10 +379,10 @@ def _gain_field(pre: Array, low: Array, plain: Array, spacing_mm: tuple[float, f
     return np.clip(np.sqrt((top + prior) / (bottom + prior)), *GAIN_LIMITS).astype(np.float32)
 
 
-def _high_pass_noise(subtraction: Array, brain: Mask) -> float:
-    """Robust standard deviation of the subtraction less its 3x3x3 mean, corrected for the mean's own share."""
-    rest = subtraction - ndimage.uniform_filter(subtraction, 3)
-    inside = rest[brain]
+def high_pass_noise(image: Array, mask: Mask) -> float:
+    """Robust standard deviation, in a mask, of an image less its 3x3x3 mean, corrected for the mean's own share."""
+    rest = image - ndimage.uniform_filter(image, 3)
+    inside = rest[mask]
     mad = float(np.median(np.abs(inside - np.median(inside))))
     return max(1.4826 * mad / float(np.sqrt(1 - 1 / 27)), 1e-4)
 

@@ -13,15 +13,16 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import SimpleITK as sitk
 from scipy import ndimage
 
-from models.card import Card
-from models.runtime import Engine, LinearEngine, NetworkEngine
+from models.runtime import LinearEngine, NetworkEngine
 from models.training import figures
 from models.training.ablation import ablations, condition_grid, embedding, variance_shares
 from models.training.evaluate import (
     FALSE,
     JUDGED_DOSE,
+    LARGE,
     Found,
     Interval,
     Method,
@@ -34,19 +35,23 @@ from models.training.evaluate import (
     held_out,
     ideal_sensitivity,
     interval,
+    lesion_error_ratio,
     linear_method,
     non_local_means_method,
+    percent_enhancement,
     raw_method,
     score,
     sensitivity,
+    sensitivity_difference,
     summary,
     threshold_at,
     usable_studies,
 )
 from models.training.samples import TEST_SEED, VALIDATION_SEED, Sample
-from models.volume import Array
+from models.volume import Array, Mask, Volume
 from service.core.job import JobOptions
-from worker.pipeline import run
+from worker.evaluation_card import Row, Tested, render
+from worker.pipeline import Result, run
 from worker.study import find_files
 
 DOSES = (0.10, 0.20, 0.25, JUDGED_DOSE, 0.50)
@@ -61,7 +66,7 @@ ENHANCEMENTS = {
 FROC = {
     "lesions found": Range(),
     "found, below 5 mm": Range(largest_mm=5),
-    "found, 5 mm and more": Range(5),
+    "found, 5 mm and more": LARGE,
     "found, enhancement below 0.2": Range(strongest=0.2),
     "found, 0.2 and more": Range(weakest=0.2),
 }
@@ -82,15 +87,15 @@ KINDS: dict[str, Callable[[Sample], bool]] = {
     "slices up to 1.5 mm": lambda sample: max(sample.scenario.spacing_mm) <= 1.5,
     "thicker slices": lambda sample: max(sample.scenario.spacing_mm) > 1.5,
 }
+STANDARD = "true standard dose"  # treated as in the linear engine
+COPY, ACQUIRED = "low-dose copy", "standard dose as acquired"
 BASELINES: dict[str, Method] = {
     "linear engine": linear_method,
-    "low-dose copy": copy_method,
+    COPY: copy_method,
     "raw amplification": raw_method,
     "non-local means": non_local_means_method,
 }
-STANDARD = "true standard dose"  # treated as in the linear engine
 Say = Callable[[str], None]
-Row = dict[str, str]
 Results = dict[float, dict[str, Found]]  # dose, then method
 
 
@@ -103,14 +108,24 @@ class _Studied:
     samples: dict[float, list[Sample]]
     results: Results
     standard: dict[str, Found]  # the standard dose itself, by how it is treated
+    plus: dict[float, Found]  # dose, then what SD+ shows over the pre-contrast image: the signal and the low dose's own
+
+    @property
+    def tested(self) -> Tested:
+        """For the card."""
+        quiet = float(np.mean([sample.quiet.sum() / sample.brain.sum() for sample in self.samples[JUDGED_DOSE]]))
+        return Tested(len(self.seeds), self.refused, SIDE, quiet)
 
     def tables(self, say: Say) -> dict[str, list[Row]]:
-        """All methods together, kinds of studies apart, lesions by diameter and by enhancement, and the seeds."""
+        """All methods, large lesions, derived series, kinds of studies, lesions of all kinds, FROC, and the seeds."""
         return {
             "methods": _methods(self.results | {1.0: self.standard}, say),
+            "large": list(_large(self)),
+            "series": list(_series(self)),
             "kinds": list(_kinds(self.samples[JUDGED_DOSE], self.results[JUDGED_DOSE], self.standard[STANDARD])),
             "lesions": list(_lesions(self, "diameter_mm", DIAMETERS)),
             "enhancement": list(_lesions(self, "enhancement", ENHANCEMENTS)),
+            "froc": list(_froc(self)),
             "seeds": [{"seed": str(seed)} for seed in self.seeds],
         }
 
@@ -127,8 +142,10 @@ def _study(
     samples = {dose: held_out(seeds, dose, SIDE, workers=workers) for dose in DOSES if dose != JUDGED_DOSE}
     samples = dict(sorted((samples | {JUDGED_DOSE: [*usable.values()]}).items()))
     whole = held_out(seeds, 1.0, SIDE, workers=workers)
-    standard = {STANDARD: apply(whole, linear_method), "standard dose as acquired": apply(whole, raw_method)}
-    return _Studied(seeds, refused, samples, _measure(engine, others, samples, say), standard)
+    standard = {STANDARD: apply(whole, linear_method), ACQUIRED: apply(whole, copy_method)}
+    signal = network_method(engine)
+    plus = {dose: apply(samples[dose], lambda sample: signal(sample) + copy_method(sample)) for dose in FULL_DOSES}
+    return _Studied(seeds, refused, samples, _measure(engine, others, samples, say), standard, plus)
 
 
 def write_card(
@@ -163,12 +180,12 @@ def write_card(
     tables |= studied.tables(say) | {
         "rescans": list(_rescans(rescans, engine)),
         "ablations": list(_ablations(studied.samples, engine, say)),
-        "embedding": _embedding(engine.card, out),
+        "embedding": _embedding(engine.card.model_path, out),
     }
     (out / "real.csv").unlink(missing_ok=True)
     _write_tables(out, tables)
     _draw(out, studied, engine)
-    (folder / "CARD.md").write_text(render(engine.card, tables, len(studied.seeds), studied.refused), encoding="utf-8")
+    (folder / "CARD.md").write_text(render(engine.card, tables, studied.tested), encoding="utf-8")
 
 
 def write_validation(folder: Path, *, studies: int, say: Say, against: Sequence[Path] = (), workers: int = 1) -> None:
@@ -241,6 +258,7 @@ def _kinds(samples: Sequence[Sample], methods: Mapping[str, Found], standard: Fo
 def _lesions(studied: _Studied, measure: str, ranges: Mapping[str, Range]) -> Iterator[Row]:
     """Lesions by diameter or enhancement: how much of them is recovered, how many are found; an ideal observer."""
     for dose in FULL_DOSES:
+        linear = studied.results[dose]["linear engine"]
         for name, found in (studied.results[dose] | studied.standard).items():
             for label, limits in ranges.items():
                 some = found.among(limits)
@@ -252,11 +270,67 @@ def _lesions(studied: _Studied, measure: str, ranges: Mapping[str, Range]) -> It
                     "found_above_0.1": _text(sensitivity(found, FALSE, limits)),
                     "found_at_0.5_false": _text(_found_at(OPERATING_RATE, found, limits)),
                     "ideal_observer": f"{ideal_sensitivity(studied.samples[dose], limits):.3f}",
+                    "error_over_linear": "" if found is linear else _text(lesion_error_ratio(found, linear, limits)),
                     "recovery": _text(by_study(some, lambda one: one.recovery)),
                     "peak_recovery": _text(by_study(some, lambda one: one.peak_recovery)),
                     "cnr": _text(by_study(some, lambda one: one.cnr)),
                     "lbr": _text(by_study(some, lambda one: one.lbr)),
-                    "cep_percent": _text(by_study(some, lambda one: one.cep)),
+                    "cep_percent": _text(percent_enhancement(some)),
+                }
+
+
+def _large(studied: _Studied) -> Iterator[Row]:
+    """Lesions of 5 mm and more: how many more or fewer of them a method finds than the standard dose does."""
+    for dose in FULL_DOSES:
+        for name, found in studied.results[dose].items():
+            row = {"dose": f"{dose:.0%}", "method": name, "lesions": str(len(found.among(LARGE)))}
+            for label, level_of in (("above_0.1", lambda _: FALSE), ("at_0.5_false", _operating_level)):
+                row[f"found_{label}"] = _text(sensitivity(found, level_of(found), LARGE))
+                for short, name_of in (("standard", STANDARD), ("acquired", ACQUIRED)):
+                    other = studied.standard[name_of]
+                    more = sensitivity_difference(found, level_of(found), other, level_of(other))
+                    row[f"{label}_less_{short}"] = _text(more)
+            yield row
+
+
+def _operating_level(found: Found) -> float:
+    return threshold_at(found, OPERATING_RATE)
+
+
+def _series(studied: _Studied) -> Iterator[Row]:
+    """SD, SD+ and what was acquired: how strongly large lesions are shown, and the noise of the image."""
+    series = {
+        dose: {"SD": studied.results[dose]["network"], "SD+": plus, "low dose as acquired": studied.results[dose][COPY]}
+        for dose, plus in studied.plus.items()
+    }
+    series[1.0] = {ACQUIRED: studied.standard[ACQUIRED]}
+    for dose, shown in series.items():
+        for name, found in shown.items():
+            some = found.among(LARGE)
+            yield {
+                "dose": f"{dose:.0%}",
+                "series": name,
+                "lesions": str(len(some)),
+                "recovery": _text(by_study(some, lambda one: one.recovery)),
+                "cnr": _text(by_study(some, lambda one: one.cnr)),
+                "lbr": _text(by_study(some, lambda one: one.lbr)),
+                "cep_percent": _text(percent_enhancement(some)),
+                "noise": _text(by_study(some, lambda one: one.noise)),
+            }
+
+
+def _froc(studied: _Studied) -> Iterator[Row]:
+    """The curves of the FROC, and at what threshold each point lies."""
+    for dose in FULL_DOSES:
+        for name, found in (studied.results[dose] | studied.standard).items():
+            for (label, limits), rate in product(FROC.items(), RATES):
+                yield {
+                    "dose": f"{dose:.0%}",
+                    "method": name,
+                    "lesions": label,
+                    "false_per_study": f"{rate:g}",
+                    "threshold": f"{threshold_at(found, rate):.3f}",
+                    "found": _text(_found_at(rate, found, limits)),
                 }
 
 
@@ -293,9 +367,9 @@ def _ablations(samples: Mapping[float, Sequence[Sample]], engine: NetworkEngine,
         say(f"{name}: error x {_text(ratio)}")
 
 
-def _embedding(card: Card, out: Path) -> list[Row]:
+def _embedding(model: Path, out: Path) -> list[Row]:
     grid, vectors = condition_grid()
-    embedded = embedding(card.model_path, vectors)
+    embedded = embedding(model, vectors)
     figures.draw_embedding(out / "embedding.png", grid, embedded)
     return [
         {"variable": name, "share_of_variance": f"{share:.3f}"}
@@ -308,12 +382,22 @@ def _text(value: Interval) -> str:
 
 
 def real_rows(engine: NetworkEngine, study: Path, truth: Path, say: Say) -> list[Row]:
-    """One row for each engine on a pair whose truth is known; SD minus pre-contrast is what the engine added."""
+    """One row for each engine on a pair whose truth is known, and one for SD+, whose grid is that of the low dose.
+
+    SD minus the pre-contrast image, and SD+ minus the low-dose image, is what the engine added.
+    """
     known = _truth(truth)
-    scores = {"network": _score_real(engine, study, known), "linear engine": _score_real(LinearEngine(), study, known)}
+    network, linear = (run(find_files(study), JobOptions(), one, lambda *_: None) for one in (engine, LinearEngine()))
+    scores = {
+        "network": _score_real(network, known),
+        "network, SD+": _score_real_plus(network, known),
+        "linear engine": _score_real(linear, known),
+        "linear engine, SD+": _score_real_plus(linear, known),
+    }
     rows: list[Row] = []
     for name, found in scores.items():
-        ratio = "" if name == "linear engine" else f"{found.ce_error / scores['linear engine'].ce_error:.3f}"
+        reference = scores[name.replace("network", "linear engine")]
+        ratio = "" if found is reference else f"{found.ce_error / reference.ce_error:.3f}"
         values = {metric: f"{value:.3f}" for metric, value in asdict(found).items()}
         rows.append({"data": "real pair", "method": name, "error_over_linear": ratio, **values})
         say(", ".join(rows[-1].values()))
@@ -331,13 +415,32 @@ def _truth(path: Path) -> dict[str, Array]:
     return known
 
 
-def _score_real(engine: Engine, study: Path, known: Mapping[str, Array]) -> Score:
-    result = run(find_files(study), JobOptions(), engine, lambda *_: None)
+def _score_real(result: Result, known: Mapping[str, Array]) -> Score:
+    """On the pre-contrast grid, where the truth is."""
     signal = result.prepared.signal_on_pre(result.signal) / float(known["wm"])
     if signal.shape != known["ce"].shape:
         raise ValueError(f"the truth is {known['ce'].shape} voxels, the pre-contrast series {signal.shape}")
-    spacing = result.prepared.native_pre.spacing_mm
-    scores = score(signal, known["ce"] / np.float32(known["wm"]), known["brain"].astype(bool), spacing)
+    return _score_known(signal, known["ce"] / np.float32(known["wm"]), known["brain"] > 0, result.prepared.native_pre)
+
+
+def _score_real_plus(result: Result, known: Mapping[str, Array]) -> Score:
+    """On the low-dose grid, to which the truth is carried as the signal is."""
+    prepared = result.prepared
+
+    unit: Array = np.maximum(prepared.signal_on_low(np.ones_like(result.signal)), np.float32(1e-6))
+
+    def carried(native: Array) -> Array:
+        image = prepared.native_pre.with_voxels(native.astype(np.float32)).to_sitk()
+        working = sitk.GetArrayFromImage(sitk.Resample(image, prepared.pre.to_sitk()))
+        return (prepared.signal_on_low(working) / unit).astype(np.float32)
+
+    signal = (prepared.signal_on_low(result.signal) / unit).astype(np.float32)
+    truth = carried(known["ce"] / np.float32(known["wm"]))
+    return _score_known(signal, truth, carried(known["brain"]) > 0.5, prepared.native_low)
+
+
+def _score_known(signal: Array, truth: Array, brain: Mask, grid: Volume) -> Score:
+    scores = score(signal, truth, brain, grid.spacing_mm)
     if scores is None:
         raise ValueError("nothing enhances in the truth of the real pair")
     return scores
@@ -398,98 +501,3 @@ def _example(sample: Sample, engine: NetworkEngine) -> dict[str, Array]:
         "truth": truth,
     }
     return {name: image[k] for name, image in images.items()}
-
-
-def render(card: Card, tables: Mapping[str, Sequence[Row]], studies: int, refused: int) -> str:
-    """CARD.md."""
-    below = f", below {card.gate_strict_from:.0%} of the standard dose in proportion" if card.gate_strict_from else ""
-    head = (
-        f"# {card.id}\n\n"
-        f"**{card.intended_use}.**\n\n"
-        f"Predicts the contrast signal of the standard dose from a pre-contrast and a low-dose T1 volume.\n\n"
-        f"| | |\n| --- | --- |\n| variant | {card.variant} |\n| training data | {card.training_data} |\n"
-        f"| training | preset {card.preset}, {card.steps} steps, seed {card.seed} |\n"
-        f"| operating point | gate offset {card.gate_offset:g}{below} |\n"
-        f"| ONNX opset | {card.opset} |\n| contract | {card.contract} |\n"
-        f"| SHA-256 of model.onnx | `{card.sha256}` |\n\n"
-    )
-    limits = "## What it cannot do\n\n" + "".join(f"- {limit}\n" for limit in card.limits)
-    parts = [
-        f"\n## {title}\n\n{text}\n\n{_table(tables[name])}" for name, (title, text) in _TEXTS.items() if name in tables
-    ]
-    return head + limits + _PREFACE.format(studies=studies, refused=refused, side=SIDE) + "".join(parts)
-
-
-def _table(rows: Sequence[Row]) -> str:
-    names = list(rows[0])
-    lines = [names, ["---"] * len(names), *([row[name] for name in names] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-_PREFACE = (
-    "\n## Evaluation\n\nSimulated studies: {studies} from seeds that no training run used, the same anatomy at every "
-    "dose. Each is a block of {side} voxels a side, randomly placed in a head: counts per study are not counts per "
-    "head. {refused} more were drawn that the quality gate refuses (mostly for residual motion), of which no image is "
-    "made; mean, 95 % bootstrap interval, whole studies resampled. Signals in units of white matter. Where the truth "
-    "enhances by more than 0.1: `ce_error` mean absolute error, `slope` and `intercept` of the predicted on the true "
-    "signal, `psnr_db` (peak 1), `ssim` (range 1). In brain farther than 2.5 mm from true enhancement: `false_per_ml` "
-    "voxels above 0.1 per mL, `false_components` of 2 mm and more per litre, `quiet_signal` mean. `dice`: of voxels "
-    "above 0.1. `error_over_linear`: ratio of mean CE errors to the linear engine's. The linear engine sees the same "
-    "motion-corrected subtraction as the network. Figures are in `evaluation/`.\n"
-)
-_TEXTS = {
-    "real": (
-        "Real pair",
-        (
-            "A pair of which the enhancement is known, through the pipeline of a hospital's study. That of the "
-            "bundled networks is a glioma whose low dose (33 %) was simulated from its real scans before and after "
-            "contrast. It showed what simulated heads lacked (ADR 14), so it is no independent evidence."
-        ),
-    ),
-    "methods": (
-        "Methods",
-        (
-            "`raw amplification` is the subtraction over the dose fraction. At 100 %: the standard dose itself, "
-            "another scan of the same study; `true standard dose` is smoothed and gated as in the linear engine, "
-            "`standard dose as acquired` is neither."
-        ),
-    ),
-    "kinds": (
-        "Kinds of studies",
-        (
-            "At 33 %. The true standard dose is the same study scanned with it, treated as in the linear engine: "
-            "its false voxels come from motion and noise, not from a lower dose. Few studies each: read the "
-            "intervals. Noise is that of one image, before preprocessing, white matter = 1."
-        ),
-    ),
-    "lesions": (
-        "Lesions",
-        (
-            "`found_at_0.5_false`: 0.9 quantile of the signal in the lesion above the threshold that leaves 0.5 "
-            "false components per study (chosen on these studies, which intervals leave out). Lesions of fewer than"
-            " 3 voxels, or with a mean truth below 0.02, are not counted. `ideal_observer`: share that a matched "
-            "filter, told shape and place, finds (d' of 5.5) were noise white and enhancement in proportion to "
-            "dose: an estimate, no bound. The true standard dose is the same study scanned with it, smoothed and "
-            "gated as in the linear engine; as acquired it is neither, and noise alone exceeds 0.1 in many of its "
-            "voxels. Values of `cnr`, `lbr`, `cep_percent` are of the pre-contrast image plus the signal."
-        ),
-    ),
-    "enhancement": ("Lesions by enhancement", "As above, by mean true enhancement; white matter = 1."),
-    "rescans": (
-        "Rescans without contrast",
-        "Two scans without contrast, the second said to be of the dose in the first column: all signal is false.",
-    ),
-    "ablations": (
-        "What the inputs are worth",
-        (
-            "CE error with an input shuffled between studies or removed, over the error with it. Timing is shuffled "
-            "within a class of sequences; a shuffled class keeps the timing of the other, most of which is then "
-            "unknown. Unknown is told as at inference: the dose fraction needs both dose and agent, timing the class. "
-            "The operating point follows the dose that is told: what shuffling it costs holds that, too."
-        ),
-    ),
-    "embedding": (
-        "What the embedding tells apart",
-        "Share of the variance of the embedding, over a grid of acquisitions, that each variable explains alone.",
-    ),
-}

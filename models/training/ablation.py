@@ -37,14 +37,16 @@ _NOISE_LEFT = (0.35, 0.25, 0.15)  # of slightly correlated noise
 
 
 def ablations(samples: Sequence[Sample]) -> Iterator[tuple[str, list[Sample]]]:
-    """(What was done, the changed samples), one after the other.
+    """(What was done, the changed samples), one after the other; first nothing, for comparison.
 
     Shuffled: told another study's value; another agent at the same share of its own standard dose; timing of another
     study of the same sequence class; another class with its own timing, most of which that class was not trained on,
     and so is unknown. Unknown: told what inference tells where a header lacks it.
     """
-    everything = tuple(name for names in GROUPS.values() for name in names)
-    for group, names in [*GROUPS.items(), ("all conditions", everything)]:
+    yield "nothing", list(samples)
+    everything = tuple(dict.fromkeys(name for names in GROUPS.values() for name in names))
+    rest = tuple(name for name in everything if name not in GROUPS["dose"])
+    for group, names in [*GROUPS.items(), ("all but the dose", rest), ("all conditions", everything)]:
         yield f"{group} shuffled", _shuffled(samples, names)
     headers = tuple(name for names in UNKNOWN.values() for name in names)
     for group, names in [*UNKNOWN.items(), ("all conditions", headers)]:

@@ -16,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from models.preprocess import high_pass_noise
 from models.quality import refused
 from models.runtime import linear
 from models.training.phantom import draw_scenario, make_phantom
 from models.training.samples import TEST_SEED, Sample, quiet_brain, sample_of
 from models.volume import Array, Mask
 
-ENHANCING, FALSE = 0.1, 0.1  # of white matter
+ENHANCING, FALSE, FAINT, WHITE = 0.1, 0.1, 0.02, 0.8  # of white matter
 JUDGED_DOSE = 0.33  # at which the quality gate takes or refuses a study
 LEVELS = FALSE * 1.1 ** np.arange(-13, 48)  # thresholds at which false components are counted, .03 to 9
 COMPONENT_MM = 2.0  # diameter of the ball whose volume a connected component must have to count
@@ -42,6 +43,7 @@ class Score:
     false_per_ml: float  # voxels with y > 0.1 per mL of brain farther than 2.5 mm from any true enhancement
     false_components: float  # connected groups of those voxels of 2 mm and more, per litre of brain
     quiet_signal: float  # mean y in that brain
+    halo_per_ml: float  # voxels with y > 0.1 per mL of the brain nearer to it where the truth is below 0.02
     psnr_db: float  # where the truth enhances; peak = 1 (white matter), never the maximum
     ssim: float  # there; range 1
     dice: float  # of y > 0.1 and truth > 0.1 in the brain
@@ -61,6 +63,9 @@ class Range:
         return self.smallest_mm <= diameter_mm < self.largest_mm and self.weakest <= enhancement < self.strongest
 
 
+LARGE = Range(5)
+
+
 @dataclass(frozen=True)
 class Lesion:
     """One lesion of one study under one method."""
@@ -70,9 +75,12 @@ class Lesion:
     enhancement: float  # mean truth
     recovery: float  # mean y / mean truth
     peak_recovery: float  # of the 0.95 quantiles
-    cnr: float  # (lesion - background) / standard deviation of the background, in pre + y
+    error: float  # mean |y - truth|
+    before: float  # mean of the pre-contrast image
+    added: float  # mean y
+    noise: float  # of the image shown, pre + y, in its quiet brain (high-pass, robust)
+    cnr: float  # (lesion - background) / noise in pre + y; background: quiet brain about as bright as white matter
     lbr: float  # lesion / background
-    cep: float  # 100 (post - pre) / pre, percent
     level: float  # the highest threshold at which it is found: 0.9 quantile of y in it
 
 
@@ -102,6 +110,7 @@ def score(signal: Array, truth: Array, brain: Mask, spacing_mm: tuple[float, flo
     error = (signal - truth)[enhancing]
     _, similarity = structural_similarity(truth, signal, data_range=1.0, full=True)
     quiet_ml = float(quiet.sum() * np.prod(spacing_mm)) / 1000
+    halo = brain & ~quiet & (truth < FAINT)
     found = brain & (signal > FALSE)
     with np.errstate(divide="ignore"):  # infinite for the truth itself
         psnr = float(-10 * np.log10(np.mean(error**2)))
@@ -112,6 +121,7 @@ def score(signal: Array, truth: Array, brain: Mask, spacing_mm: tuple[float, flo
         float((signal[quiet] > FALSE).sum() / quiet_ml),
         _components(signal, quiet, spacing_mm, FALSE) / quiet_ml * 1000,
         float(signal[quiet].mean()),
+        float((signal[halo] > FALSE).sum() / max(float(halo.sum() * np.prod(spacing_mm)) / 1000, 1e-9)),
         psnr,
         float(similarity[enhancing].mean()),
         float(2 * (found & enhancing).sum() / (found.sum() + enhancing.sum())),
@@ -131,11 +141,12 @@ def _components(signal: Array, quiet: Mask, spacing_mm: tuple[float, float, floa
 def lesions_of(sample: Sample, signal: Array, study: int) -> Iterator[Lesion]:
     """What a method shows of every lesion of at least 3 voxels whose mean truth is 0.02 or more."""
     truth, pre = sample.truth.astype(np.float32), sample.images[1].astype(np.float32)
-    ring = sample.quiet if sample.quiet.any() else sample.brain
-    background, spread = float((pre + signal)[ring].mean()), float((pre + signal)[ring].std())
+    noise = high_pass_noise(pre + signal, sample.quiet if sample.quiet.any() else sample.brain)
+    white = sample.quiet & (pre > WHITE)
+    background = float((pre + signal)[white if white.any() else sample.brain].mean())
     for label, diameter in enumerate(sample.diameters_mm, 1):
         where = sample.labels == label
-        if where.sum() < 3 or truth[where].mean() < 0.02:
+        if where.sum() < 3 or truth[where].mean() < FAINT:
             continue
         before, added, true = float(pre[where].mean()), signal[where], truth[where]
         yield Lesion(
@@ -144,9 +155,12 @@ def lesions_of(sample: Sample, signal: Array, study: int) -> Iterator[Lesion]:
             float(true.mean()),
             float(added.mean() / true.mean()),
             float(np.quantile(added, 0.95) / np.quantile(true, 0.95)),
-            (before + float(added.mean()) - background) / max(spread, 1e-6),
+            float(np.abs(added - true).mean()),
+            before,
+            float(added.mean()),
+            noise,
+            (before + float(added.mean()) - background) / noise,
             (before + float(added.mean())) / max(background, 1e-6),
-            100 * float(added.mean()) / max(before, 1e-3),
             float(np.quantile(added, 0.9)),
         )
 
@@ -209,12 +223,12 @@ def linear_method(sample: Sample) -> Array:
 
 def raw_method(sample: Sample) -> Array:
     """Subtraction over dose, nothing else."""
-    return np.maximum(sample.images[0].astype(np.float32) / sample.scenario.dose_fraction, 0)
+    return sample.images[0].astype(np.float32) / np.float32(sample.scenario.dose_fraction)
 
 
 def copy_method(sample: Sample) -> Array:
     """The low dose shown as it is."""
-    return np.maximum(sample.images[0].astype(np.float32), 0)
+    return sample.images[0].astype(np.float32)
 
 
 def non_local_means_method(sample: Sample) -> Array:
@@ -265,12 +279,37 @@ def error_ratio(scores: Sequence[Score | None], reference: Sequence[Score | None
 
 def by_study(lesions: Sequence[Lesion], value: Callable[[Lesion], float]) -> Interval:
     """Mean over lesions; the interval resamples studies with all their lesions."""
-    studies = sorted({lesion.study for lesion in lesions})
-    sums = np.array(
-        [[sum(value(x) for x in lesions if x.study == s), sum(x.study == s for x in lesions)] for s in studies]
-    )
-    if not len(sums):
+    return _ratio([one.study for one in lesions], [value(one) for one in lesions], [1.0] * len(lesions))
+
+
+def percent_enhancement(lesions: Sequence[Lesion]) -> Interval:
+    """CEP, 100 (post - pre) / pre, of means over all lesions: in a dark one alone the ratio has no limit."""
+    tops, bottoms = [100 * one.added for one in lesions], [one.before for one in lesions]
+    return _ratio([one.study for one in lesions], tops, bottoms)
+
+
+def lesion_error_ratio(found: Found, reference: Found, limits: Range) -> Interval:
+    """Ratio of two methods' mean errors inside the same lesions."""
+    tops, bottoms = found.among(limits), reference.among(limits)
+    return _ratio([one.study for one in tops], [one.error for one in tops], [one.error for one in bottoms])
+
+
+def sensitivity_difference(found: Found, threshold: float, other: Found, other_threshold: float) -> Interval:
+    """How much larger a share of LARGE lesions one method finds than another in the same studies."""
+    tops, bottoms = found.among(LARGE), other.among(LARGE)
+    more = [
+        float(one.level > threshold) - float(two.level > other_threshold)
+        for one, two in zip(tops, bottoms, strict=True)
+    ]
+    return _ratio([one.study for one in tops], more, [1.0] * len(more))
+
+
+def _ratio(studies: Sequence[int], tops: Sequence[float], bottoms: Sequence[float]) -> Interval:
+    """Ratio of two sums over lesions, and its 95 % interval: studies are drawn with all their lesions."""
+    if not studies:
         return float("nan"), float("nan"), float("nan")
+    _, place = np.unique(studies, return_inverse=True)
+    sums = np.stack([np.bincount(place, tops), np.bincount(place, bottoms)], axis=1)
     drawn = sums[_resamples(len(sums))].sum(axis=1)
     low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
     return float(sums[:, 0].sum() / sums[:, 1].sum()), float(low), float(high)
@@ -303,7 +342,7 @@ def ideal_sensitivity(samples: Sequence[Sample], limits: Range) -> float:
         for label, diameter in enumerate(sample.diameters_mm, 1):
             where = sample.labels == label
             mean = float(truth[where].mean()) if where.sum() >= 3 else 0.0
-            if mean < 0.02 or not limits.holds(diameter, mean):
+            if mean < FAINT or not limits.holds(diameter, mean):
                 continue
             energy = float(np.sum((truth[where] * sample.scenario.dose_fraction) ** 2))
             told.append(np.sqrt(energy) / sigma >= CHANCE)

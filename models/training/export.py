@@ -35,7 +35,12 @@ LIMITS = (
     "weak enhancement, also of a large lesion, can be missing at a third of the dose and less",
     "below a third of the dose more is missed and more enhances falsely: the tables say how much",
     "negative enhancement (T2* shortening) is not predicted",
-    "trained from 1.4 to 3.2 T on SPGR, MPRAGE and spin echo, for which a turbo spin echo is taken",
+    "trained from 1.4 to 3.2 T on SPGR, MPRAGE and spin echo; turbo spin echo counts as spin echo",
+    (
+        "the time from injection to scan is not told; "
+        "pulsation, ghosts and signal voids at air and metal are not simulated"
+    ),
+    "all simulated heads are variations of one template",
 )
 
 

@@ -444,7 +444,7 @@ def _image(anatomy: _Anatomy, scenario: Scenario, rng: np.random.Generator, *, w
         scenario,
         pre,
         low,
-        ((ideal[1.0] - ideal[0.0]) * kept).astype(np.float32),
+        ((np.abs(ideal[1.0]) - np.abs(ideal[0.0])) * kept).astype(np.float32),
         anatomy.brain,
         anatomy.labels,
         tuple(anatomy.diameters),
@@ -551,7 +551,7 @@ def _acquire(
     second = _received(moved, scenario.sigma, blur, g_map, rng)
     keep = np.ones(shape, bool)
     if scenario.stripped and rng.uniform() < 0.6:  # otherwise noise is left around the brain
-        keep = ndimage.binary_dilation(pre > 0.02)
+        keep = ndimage.binary_dilation(np.abs(pre) > 0.02)
     elif not whole and not scenario.stripped and rng.uniform() < 0.15:
         keep = _defaced(brain, rng)
     images = [first * keep, (second * keep * drift).astype(np.float32)]

@@ -8,8 +8,11 @@ A turbo spin echo is taken for a spin echo: recovery begins after its last echo,
 echoes, some 0.05 s of 0.45 to 0.75 s, and TE is that of the centre of k-space.
 
 Sources. SPGR: Ernst and Anderson 1966. MPRAGE: steady state of a train of N low-angle readouts after an inversion
-every TR, as in Deichmann et al., NeuroImage 2000;12:112-127. Tissue constants: Stanisz et al. 2005, Gach 2008, Lu et
-al. 2004; widened, because published white-matter T1 at 3 T spans 0.6 to 1.1 s.
+every TR, as in Deichmann et al., NeuroImage 2000;12:112-127. T1 of white and grey matter, blood, fluid, fat and muscle:
+Stanisz et al. 2005, Gach 2008, Lu et al. 2004; widened, because published white-matter T1 at 3 T spans 0.6 to 1.1 s.
+Assumed, not measured: the rows dura, pia, mucosa, bone, lesion, oedema, necrosis and haemorrhage, all proton densities
+and T2*, and one transverse relaxivity for all agents (published in plasma: 4.4 to 15 /(mM s)). The transmit field
+scales the angle of gradient echoes; a spin echo is taken as nominal.
 """
 
 from __future__ import annotations
@@ -123,6 +126,8 @@ def draw_sequence(rng: np.random.Generator) -> Sequence:
 def signal(tissue: Tissue, sequence: Sequence, concentration_mm: Any, r1_per_mm_s: float, b1: Any = 1.0) -> Any:
     """Signal of a tissue that holds `concentration_mm` of an agent, in units of the receiver's M0.
 
+    After an inversion it can be negative: the magnitude is that of a voxel's mixture (`magnitude`), not of its parts.
+
     Args:
         tissue: constants without contrast.
         sequence: SPGR, MPRAGE or SE.
@@ -153,7 +158,7 @@ def _spgr(xp: Any, sequence: Sequence, r1: Any, angle: Any) -> Any:
 
 
 def _mprage(xp: Any, sequence: Sequence, r1: Any, angle: Any) -> Any:
-    """Magnitude at the centre of k-space of an inversion-prepared train in its steady state."""
+    """At the centre of k-space of an inversion-prepared train in its steady state; negative before the null."""
     sine, cosine = _trig(xp, angle)
     tau, n = sequence.echo_spacing_s, sequence.readouts
     centre = n // 2
@@ -165,7 +170,7 @@ def _mprage(xp: Any, sequence: Sequence, r1: Any, angle: Any) -> Any:
     inv = sequence.inversion_efficiency
     steady = (1 - er + er * (b * (1 - e0) + a)) / (1 + inv * er * b * e0)
     start = 1 - (1 + inv * steady) * e0
-    return sine * xp.abs(start * q**centre + (1 - et) * (1 - q**centre) / (1 - q))
+    return sine * (start * q**centre + (1 - et) * (1 - q**centre) / (1 - q))
 
 
 def smooth_field(shape: tuple[int, ...], scale_voxels: float, amplitude: float, rng: np.random.Generator) -> Array:

@@ -10,17 +10,36 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from click.testing import CliRunner
 from scipy import ndimage
 
 from lowgad import main
 from models.card import DEFAULT_MODEL, ZOO
 from models.condition import NAMES, SEQUENCE_NAMES, TIMING_NAMES
+from models.runtime import NetworkEngine
 from models.training.ablation import ablations
-from models.training.evaluate import FALSE, LEVELS, Found, Range, _components, held_out, make_test_sample, threshold_at
-from models.training.samples import TEST_SEED, VALIDATION_SEED, Sample
+from models.training.evaluate import (
+    FALSE,
+    LEVELS,
+    Found,
+    Lesion,
+    Range,
+    _components,
+    held_out,
+    lesion_error_ratio,
+    lesions_of,
+    make_test_sample,
+    percent_enhancement,
+    score,
+    sensitivity_difference,
+    threshold_at,
+)
+from models.training.samples import TEST_SEED, VALIDATION_SEED, Sample, quiet_brain
+from tests.numeric.phantoms import as_volume, head, prepared_head
 from worker import evaluation
-from worker.evaluation import write_card, write_validation
+from worker.evaluation import real_rows, write_card, write_validation
+from worker.pipeline import Result
 
 STUDIES = 2
 QUESTIONS = (
@@ -47,7 +66,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two() -> list[Sample]:
     """Two small studies at different doses."""
-    made = [make_test_sample(TEST_SEED + n, dose, 32) for n, dose in ((0, 0.1), (1, 0.33))]
+    made = [make_test_sample(TEST_SEED + n, dose, 32) for n, dose in ((3, 0.1), (2, 0.33))]
     assert all(made)
     return [sample for sample in made if sample]
 
@@ -104,6 +123,8 @@ def test_a_card_says_what_the_model_cannot_do_and_shows_every_table(evaluated: P
         "What it cannot do",
         "Evaluation",
         "Methods",
+        "Lesions of 5 mm and more, against the standard dose",
+        "SD and SD+",
         "Kinds of studies",
         "Lesions",
         "Lesions by enhancement",
@@ -123,6 +144,36 @@ def test_the_standard_dose_is_measured_as_acquired_and_as_the_linear_engine_trea
     assert float(acquired["false_per_ml"].split()[0]) > float(smoothed["false_per_ml"].split()[0])
 
 
+def test_sd_plus_shows_lesions_more_strongly_than_sd_and_has_the_noise_of_the_low_dose(evaluated: Path) -> None:
+    value = {
+        (row["dose"], row["series"], metric): float(row[metric].split()[0])
+        for row in rows(evaluated, "series")
+        for metric in ("recovery", "cep_percent", "noise")
+    }
+    assert {key[:2] for key in value} == {
+        *((dose, name) for dose in ("10%", "33%") for name in ("SD", "SD+", "low dose as acquired")),
+        ("100%", "standard dose as acquired"),
+    }
+    for dose in ("10%", "33%"):
+        sd, plus, low = ((dose, name) for name in ("SD", "SD+", "low dose as acquired"))
+        assert value[*plus, "cep_percent"] > value[*sd, "cep_percent"] > value[*low, "cep_percent"] > 0
+        assert value[*plus, "noise"] == pytest.approx(value[*low, "noise"], rel=0.1)
+        assert value[*plus, "noise"] == pytest.approx(value[*sd, "noise"], rel=0.4)
+
+
+def test_the_curves_of_the_froc_are_kept_as_figures_and_rise_with_what_is_allowed_falsely(evaluated: Path) -> None:
+    curves: dict[tuple[str, ...], list[tuple[float, float, float]]] = {}
+    for row in rows(evaluated, "froc"):
+        point = (float(row["false_per_study"]), float(row["threshold"]), float(row["found"].split()[0]))
+        curves.setdefault((row["dose"], row["method"], row["lesions"]), []).append(point)
+    assert ("33%", "network", "found, below 5 mm") in curves
+    for points in curves.values():
+        rates, thresholds, found = zip(*points, strict=True)
+        assert rates == (0.125, 0.25, 0.5, 1, 2, 4, 8)
+        assert list(thresholds) == sorted(thresholds, reverse=True)
+        assert np.isnan(found).all() or list(found) == sorted(found)
+
+
 def test_validation_is_on_other_studies_and_makes_no_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("model.onnx", "card.toml"):
         shutil.copy(ZOO / DEFAULT_MODEL / name, tmp_path / name)
@@ -139,9 +190,12 @@ def test_validation_is_on_other_studies_and_makes_no_card(tmp_path: Path, monkey
     assert asked == [VALIDATION_SEED]
     assert {path.name for path in (tmp_path / "validation").iterdir()} == {
         "methods.csv",
+        "large.csv",
+        "series.csv",
         "kinds.csv",
         "lesions.csv",
         "enhancement.csv",
+        "froc.csv",
         "seeds.csv",
     }
     assert not (tmp_path / "CARD.md").exists()
@@ -170,6 +224,82 @@ def test_models_of_one_name_are_not_compared() -> None:
     done = CliRunner().invoke(main, ["evaluate", str(bundled), "--validation", "--against", str(bundled)])
     assert done.exit_code == 1
     assert "need names of their own" in done.output
+
+
+def lesion(study: int, *, level: float, error: float = 0.1, before: float = 0.5, added: float = 0.2) -> Lesion:
+    return Lesion(study, 6.0, 0.3, 1.0, 1.0, error, before, added, 0.02, 5.0, 1.2, level)
+
+
+def of(*lesions: Lesion) -> Found:
+    return Found([], list(lesions), np.zeros(len(LEVELS), int), studies=3)
+
+
+def test_methods_are_compared_lesion_by_lesion_with_whole_studies_resampled() -> None:
+    one = of(lesion(0, level=0.5, error=0.1), lesion(0, level=0.05, error=0.3), lesion(2, level=0.2, error=0.2))
+    two = of(lesion(0, level=0.5, error=0.2), lesion(0, level=0.5, error=0.2), lesion(2, level=0.3, error=0.8))
+    assert sensitivity_difference(one, 0.1, two, 0.1) == pytest.approx((-1 / 3, -1 / 2, 0))
+    assert sensitivity_difference(one, 0.1, two, 0.4)[0] == pytest.approx(0)
+    assert lesion_error_ratio(one, two, Range()) == pytest.approx((0.5, 0.25, 1.0))
+    nothing = lesion_error_ratio(of(), of(), Range())
+    assert np.isnan(nothing).all()
+
+
+def test_a_dark_lesion_does_not_rule_the_percentage_of_enhancement() -> None:
+    lesions = [lesion(0, level=1, before=0.001, added=0.1), lesion(1, level=1, before=0.999, added=0.3)]
+    assert percent_enhancement(lesions)[0] == pytest.approx(40)
+
+
+def test_contrast_to_noise_is_over_the_noise_of_the_image_and_not_over_its_anatomy() -> None:
+    sample = make_test_sample(TEST_SEED, 0.33, 32)
+    assert sample
+    rng = np.random.default_rng(1)
+    shape = (32, 32, 32)
+    pre = np.where(np.arange(32) < 16, 1.0, 0.3) + rng.normal(0, 0.02, shape)  # white matter beside something dark
+    truth, labels = np.zeros(shape, np.float16), np.zeros(shape, np.int16)
+    labels[10:16, 10:16, 4:10] = 1
+    truth[labels == 1] = 0.4
+    brain = np.ones(shape, bool)
+    quiet = quiet_brain(truth.astype(np.float32), brain, (1.0, 1.0, 1.0))
+    images = np.stack([np.zeros(shape), pre, np.full(shape, 0.03)]).astype(np.float16)
+    made = replace(sample, images=images, truth=truth, brain=brain, quiet=quiet, labels=labels, diameters_mm=(7.0,))
+    (found,) = lesions_of(made, truth.astype(np.float32), 0)
+    assert found.noise == pytest.approx(0.02, rel=0.1)
+    assert found.cnr == pytest.approx(0.4 / 0.02, rel=0.1)
+    assert found.lbr == pytest.approx(1.4, rel=0.02)
+    assert (found.error, found.added) == (0, pytest.approx(0.4, rel=1e-3))
+
+
+def test_a_false_rim_beside_enhancement_is_counted_apart_from_false_signal_far_from_it() -> None:
+    truth = np.zeros((24, 24, 24), np.float32)
+    truth[10:14, 10:14, 10:14] = np.linspace(0.4, 0.6, 4)
+    brain = np.ones(truth.shape, bool)
+    rim, far = truth.copy(), truth.copy()
+    rim[14, 10:14, 10:14] = 0.3  # beside it
+    far[2, 2, 2:18] = 0.3
+    seen = [score(signal, truth, brain, (1.0, 1.0, 1.0)) for signal in (truth, rim, far)]
+    assert all(seen)
+    false = [(one.halo_per_ml > 0, one.false_per_ml > 0) for one in seen if one]
+    assert false == [(False, False), (True, False), (False, True)]
+
+
+def test_sd_plus_of_a_real_pair_is_scored_on_the_grid_of_the_low_dose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared, phantom = prepared_head(stripped=True), head(stripped=True)
+    level = np.quantile(phantom.pre[phantom.brain], 0.95)
+    truth = np.maximum(phantom.enhancement, 0)
+    np.savez(tmp_path / "truth.npz", ce=truth, brain=phantom.brain, wm=level)
+    work = sitk.Resample(as_volume(truth).to_sitk(), prepared.pre.to_sitk())
+    signals = iter(sitk.GetArrayFromImage(work) / prepared.scale * part for part in (1.0, 0.5))
+    monkeypatch.setattr(evaluation, "find_files", lambda _: [])
+    monkeypatch.setattr(evaluation, "run", lambda *_: Result({}, {}, (), prepared, next(signals)))
+    engine = NetworkEngine(ZOO / DEFAULT_MODEL)
+    found = {row["method"]: row for row in real_rows(engine, tmp_path, tmp_path / "truth.npz", lambda _: None)}
+    assert [*found] == ["network", "network, SD+", "linear engine", "linear engine, SD+"]
+    for name, row in found.items():
+        assert float(row["slope"]) == pytest.approx(1.0 if name.startswith("network") else 0.5, abs=0.02)
+        assert float(row["ce_error"]) < 0.02 or name.startswith("linear")
+        assert bool(row["error_over_linear"]) is name.startswith("network")
 
 
 def test_a_threshold_is_not_lowered_to_where_false_signals_have_grown_together() -> None:

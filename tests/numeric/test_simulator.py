@@ -46,20 +46,25 @@ def test_a_third_of_the_concentration_gives_more_than_a_third_of_the_spgr_enhanc
     assert ratio == pytest.approx(expected, abs=0.015)
 
 
-def test_the_mprage_signal_is_the_steady_state_of_a_simulated_train() -> None:
-    r1, angle = 1 / 1.65, np.radians(MPRAGE.flip_deg)
-    before = MPRAGE.ti_s - MPRAGE.readouts // 2 * MPRAGE.echo_spacing_s
-    after = MPRAGE.tr_s - before - MPRAGE.readouts * MPRAGE.echo_spacing_s
+@pytest.mark.parametrize(("t1_s", "tr_s", "ti_s"), [(0.9, 1.9, 0.9), (1.65, 1.9, 0.9), (1.65, 6.0, 0.6)])
+def test_the_mprage_signal_is_the_steady_state_of_a_simulated_train_and_negative_before_the_null(
+    t1_s: float, tr_s: float, ti_s: float
+) -> None:
+    sequence = replace(MPRAGE, tr_s=tr_s, ti_s=ti_s, readouts=100)
+    r1, angle = 1 / t1_s, np.radians(sequence.flip_deg)
+    before = ti_s - sequence.readouts // 2 * sequence.echo_spacing_s
+    after = tr_s - before - sequence.readouts * sequence.echo_spacing_s
     level, seen = 1.0, 0.0
     for _ in range(30):  # repetitions until the magnetisation repeats itself
         level = 1 + (-level - 1) * np.exp(-before * r1)
-        for readout in range(MPRAGE.readouts):
-            if readout == MPRAGE.readouts // 2:
-                seen = abs(level * np.sin(angle))
-            level = 1 + (level * np.cos(angle) - 1) * np.exp(-MPRAGE.echo_spacing_s * r1)
+        for readout in range(sequence.readouts):
+            if readout == sequence.readouts // 2:
+                seen = level * np.sin(angle)
+            level = 1 + (level * np.cos(angle) - 1) * np.exp(-sequence.echo_spacing_s * r1)
         level = 1 + (level - 1) * np.exp(-after * r1)
-    ideal = Tissue(1.0, 1.65, 1e6, r2_per_mm_s=0.0)
-    assert float(signal(ideal, MPRAGE, np.zeros(1), 4.5)[0]) == pytest.approx(seen, rel=1e-4)
+    ideal = Tissue(1.0, t1_s, 1e6, r2_per_mm_s=0.0)
+    assert float(signal(ideal, sequence, np.zeros(1), 4.5)[0]) == pytest.approx(seen, rel=1e-4)
+    assert (seen < 0) == (ti_s < 0.7)
 
 
 def test_the_spin_echo_signal_saturates_and_decays() -> None:
