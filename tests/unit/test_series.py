@@ -158,6 +158,11 @@ def test_what_is_no_acquired_t1_volume_of_the_same_place_is_no_partner(changes: 
         ({"EchoTime": None}, "missing"),
         ({"SeriesDescription": "SWI"}, "named"),
         ({"ImageType": ["ORIGINAL", "SECONDARY"]}, "derived"),
+        ({"SeriesDescription": "t1_mp2rage_sag_p3_iso_INV1"}, "named"),
+        ({"SeriesDescription": "sag T1 INV1"}, "named"),
+        ({"ImageType": ["ORIGINAL", "PRIMARY", "M", "ND", "UNI"]}, "derived"),
+        ({"ScanningSequence": ["GR", "IR"], "InversionTime": "700", "RepetitionTime": "5000"}, "not that of a T1"),
+        ({"ScanningSequence": ["GR", "IR"], "InversionTime": "1100", "RepetitionTime": "3000"}, ""),
     ],
 )
 def test_one_rule_says_what_is_no_t1_image_and_why(changes: dict[str, Any], why: str) -> None:
