@@ -576,8 +576,9 @@ def _received(image: Array, sigma: float, blur: Array, g_map: Array, rng: np.ran
     """A later image with noise, which registration may have interpolated; the image itself is left to `_misalign`."""
     received = magnitude(image, sigma, blur, g_map, rng)
     if rng.uniform() < 0.7:
-        noise = ndimage.shift(received - image, rng.uniform(-0.5, 0.5, 3), order=3, mode="nearest")
-        received = np.maximum(image + noise, 0)
+        ideal = np.abs(image)
+        noise = ndimage.shift(received - ideal, rng.uniform(-0.5, 0.5, 3), order=3, mode="nearest")
+        received = np.maximum(ideal + noise, 0)
     return received
 
 

@@ -17,6 +17,7 @@ from models.training.phantom import (
     PSF_VOXELS,
     _atlas_points,
     _defaced,
+    _received,
     _spectral_window,
     _tissue_signal,
     _tissues,
@@ -65,6 +66,13 @@ def test_the_mprage_signal_is_the_steady_state_of_a_simulated_train_and_negative
     ideal = Tissue(1.0, t1_s, 1e6, r2_per_mm_s=0.0)
     assert float(signal(ideal, sequence, np.zeros(1), 4.5)[0]) == pytest.approx(seen, rel=1e-4)
     assert (seen < 0) == (ti_s < 0.7)
+
+
+def test_what_is_before_its_null_is_received_as_its_magnitude_whether_or_not_noise_is_interpolated() -> None:
+    image = np.sin(np.indices((24, 24, 24), np.float32).sum(axis=0) / 4).astype(np.float32)
+    for seed in range(8):
+        got = _received(image, 1e-6, np.full(3, 0.4), np.ones_like(image), np.random.default_rng(seed))
+        assert got == pytest.approx(np.abs(image), abs=1e-4)
 
 
 def test_the_spin_echo_signal_saturates_and_decays() -> None:
