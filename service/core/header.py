@@ -227,14 +227,14 @@ def other_body_part(header: Dataset) -> str:
 
 _OTHER_KINDS = frozenset(
     {"aahead", "adc", "asl", "asset", "b0", "bold", "cal", "calibration", "cine", "dsc", "dti", "dwi", "fieldmap"}
-    | {"fmri", "inv1", "inv2", "loc", "localiser", "localizer", "locator", "mip", "minip", "mp2", "mra", "mrv"}
-    | {"pd", "perf", "perfusion"}
+    | {"fmri", "loc", "localiser", "localizer", "locator", "mip", "minip", "mra", "mrv", "pd", "perf", "perfusion"}
     | {"plan", "scout", "smartbrain", "sub", "subtraction", "survey", "swan", "swi", "t2", "tof", "trace"}
 )
 _OTHER_IMAGE_TYPES = frozenset(
     {"ADC", "DIFFUSION", "IMAGINARY", "LOCALIZER", "MIN IP", "MIP", "MPR", "PHASE MAP", "PROJECTION IMAGE", "REAL"}
-    | {"REFORMATTED", "SUB", "SUBTRACTION", "UNI", "UNIFORM", "P", "I", "R"}
+    | {"REFORMATTED", "SUB", "SUBTRACTION", "T1 MAP", "UNI", "UNIFORM", "P", "I", "R"}
 )
+_MP2RAGE = re.compile(r"mp[-_ ]?2[-_ ]?rage|(?<![a-z])inv[-_ ]?[12](?![\d.])", re.IGNORECASE)  # not inv1000, a time
 
 
 def why_not_t1(header: Dataset, *, is_vouched_for: bool = False) -> str:
@@ -253,17 +253,22 @@ def why_not_t1(header: Dataset, *, is_vouched_for: bool = False) -> str:
         return "derived, projected, phase or localizer images"
     if is_vouched_for:
         return ""
+    return _why_not_t1_names(header) or _why_not_t1_timing(header)
+
+
+def _why_not_t1_names(header: Dataset) -> str:
     described = set(words(" ".join(texts(header, "SeriesDescription") or texts(header, "ProtocolName"))))
     if described & _OTHER_KINDS or ("flair" in described and "t1" not in described):
         return "named as another kind of image"
-    return _why_not_t1_timing(header)
+    names = [text for keyword in ("SeriesDescription", "ProtocolName") for text in texts(header, keyword)]
+    return "named as MP2RAGE" if any(_MP2RAGE.search(name) for name in names) else ""
 
 
 def _why_not_t1_timing(header: Dataset) -> str:
     """Short echo; inversion of 0.3 to 1.5 s or no long repetition; neither echo-planar nor angiography.
 
     A gradient echo has no steady state with a long repetition time: a long one is that of the inversion (MPRAGE).
-    Beyond 4 s fluid is before its null at most inversion times, where an agent darkens it (MP2RAGE).
+    Beyond 3.5 s (MP2RAGE) fluid is before its null at the shorter of these inversion times, where an agent darkens it.
     """
     repetition_ms, echo_ms = number(header, "RepetitionTime"), number(header, "EchoTime", "EffectiveEchoTime")
     kinds = _set_of(header, "ScanningSequence", "EchoPulseSequence")
@@ -275,7 +280,7 @@ def _why_not_t1_timing(header: Dataset) -> str:
     is_gradient = bool(kinds & {"GR", "GRADIENT"}) and not kinds & {"SE", "SPIN"}
     is_prepared = "IR" in kinds or "YES" in _set_of(header, "InversionRecovery")
     is_prepared |= is_gradient or "MP" in _set_of(header, "SequenceVariant")
-    longest_repetition_ms = (4000 if is_gradient else 1e4) if inversion_ms else 3500 if is_prepared else 1500
+    longest_repetition_ms = 1e4 if inversion_ms and not is_gradient else 3500 if is_prepared else 1500
     if echo_ms > (12 if is_gradient else 35) or repetition_ms > longest_repetition_ms:
         return "echo or repetition time is not that of a T1 sequence"
     return "" if not inversion_ms or 300 <= inversion_ms <= 1500 else "inversion time is not that of a T1 sequence"

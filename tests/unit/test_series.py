@@ -158,11 +158,19 @@ def test_what_is_no_acquired_t1_volume_of_the_same_place_is_no_partner(changes: 
         ({"EchoTime": None}, "missing"),
         ({"SeriesDescription": "SWI"}, "named"),
         ({"ImageType": ["ORIGINAL", "SECONDARY"]}, "derived"),
-        ({"SeriesDescription": "t1_mp2rage_sag_p3_iso_INV1"}, "named"),
-        ({"SeriesDescription": "sag T1 INV1"}, "named"),
+        ({"SeriesDescription": "t1_mp2rage_sag_p3_iso_UNI_Images"}, "MP2RAGE"),
+        ({"SeriesDescription": "sag3DMP-2RAGE"}, "MP2RAGE"),
+        ({"SeriesDescription": "anat", "ProtocolName": "t1_mp2rage"}, "MP2RAGE"),
+        ({"SeriesDescription": "sag T1 INV1"}, "MP2RAGE"),
+        ({"SeriesDescription": "T1 INV_2"}, "MP2RAGE"),
+        ({"SeriesDescription": "MPRAGE_inv1000"}, ""),  # an inversion time
+        ({"SeriesDescription": "t1_mp2mm"}, ""),
         ({"ImageType": ["ORIGINAL", "PRIMARY", "M", "ND", "UNI"]}, "derived"),
-        ({"ScanningSequence": ["GR", "IR"], "InversionTime": "700", "RepetitionTime": "5000"}, "not that of a T1"),
+        ({"ImageType": ["ORIGINAL", "PRIMARY", "T1", "UNIFORM"]}, "derived"),
+        ({"ImageType": ["ORIGINAL", "PRIMARY", "T1 MAP"]}, "derived"),
+        ({"ScanningSequence": ["GR", "IR"], "InversionTime": "700", "RepetitionTime": "4000"}, "not that of a T1"),
         ({"ScanningSequence": ["GR", "IR"], "InversionTime": "1100", "RepetitionTime": "3000"}, ""),
+        ({"ScanningSequence": ["SE", "IR"], "InversionTime": "860", "RepetitionTime": "6000", "EchoTime": "9"}, ""),
     ],
 )
 def test_one_rule_says_what_is_no_t1_image_and_why(changes: dict[str, Any], why: str) -> None:
@@ -170,6 +178,13 @@ def test_one_rule_says_what_is_no_t1_image_and_why(changes: dict[str, Any], why:
     assert why in why_not_t1(header)
     assert bool(why) == bool(why_not_t1(header))
     assert HeaderSummary.of(header).looks_t1 == (not why)
+
+
+def test_a_role_of_the_site_outranks_name_and_timing_but_not_the_image_type() -> None:
+    changes = {"SeriesDescription": "t1_mp2rage_INV1", "RepetitionTime": "5000", "InversionTime": "700"}
+    assert why_not_t1(make_pair(pre_changes=changes).pre[0], is_vouched_for=True) == ""
+    uniform = {"ImageType": ["ORIGINAL", "PRIMARY", "M", "ND", "UNI"]}
+    assert "derived" in why_not_t1(make_pair(pre_changes=uniform).pre[0], is_vouched_for=True)
 
 
 @pytest.mark.parametrize(
