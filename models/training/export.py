@@ -34,7 +34,7 @@ LIMITS = (
     "lesions below 3 mm are often missed or blurred at doses of a third and less",
     "weak enhancement, also of a large lesion, can be missing at a third of the dose and less",
     "below a third of the dose more is missed and more enhances falsely: the tables say how much",
-    "negative enhancement (T2* shortening) is not predicted",
+    "negative enhancement (T2* shortening; tissue before its null after an inversion) is not predicted",
     "trained from 1.4 to 3.2 T on SPGR, MPRAGE and spin echo; turbo spin echo counts as spin echo",
     (
         "the time from injection to scan is not told; "

@@ -456,7 +456,8 @@ def _uncertain(before: Array, low: Array, full: Array, dose_fraction: float, rng
     """The low-dose image somewhere between the signal equations and enhancement in proportion to dose.
 
     How much a scanner's signal saturates follows from the equations only in part: the order of k-space, slice profile,
-    inflow, water exchange and the vendor's filters are not in the header (ADR 14).
+    inflow, water exchange and the vendor's filters are not in the header (ADR 14). Of the signed signal: across a null
+    its magnitude is not in proportion.
     """
     proportional = before + np.float32(dose_fraction) * (full - before)
     return (low + np.float32(rng.uniform()) * (proportional - low)).astype(np.float32)
@@ -591,7 +592,10 @@ def _cut_elsewhere(image: Array, brain: Mask, rng: np.random.Generator) -> Array
 
 
 def _misalign(image: Array, scenario: Scenario, rng: np.random.Generator) -> Array:
-    """Residual rigid error (0.05 to 0.3 mm, rarely 1 mm) and local non-rigid motion of up to 0.3 mm."""
+    """Residual rigid error (0.05 to 0.3 mm, rarely 1 mm) and local non-rigid motion of up to 0.3 mm.
+
+    As if all of it were motion: it moves the signed signal, where registration would interpolate its magnitude.
+    """
     shape = image.shape
     size = 1.0 if rng.uniform() < 0.05 else rng.uniform(0.05, 0.3)
     spacing = scenario.spacing_mm[::-1]

@@ -92,7 +92,14 @@ def test_the_weights_to_start_from_fit_the_network_and_tell_where_they_come_from
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     others = "120 steps of seed 21, 400 steps of seed 9, 240 steps of seed 9"
     stages = (500, 300, 280, 500, 440, 200, 15100)
-    earlier = "simulated, started from 900 steps on: simulated (189 studies of seed 15 and 189 of seed 17), weights "
+    earlier = (
+        "simulated, started from 900 steps on: simulated (293 studies of seed 19, 83 of which were drawn for being "
+    )
+    earlier += (
+        "MPRAGE, by a flawed state of the simulator, and 97 of seed 17 that are not), weights averaged with those of "
+    )
+    earlier += "1 more (900 steps of seed 18), "
+    earlier += "started from 900 steps on: simulated (189 studies of seed 15 and 189 of seed 17), weights "
     earlier += "averaged with those of 1 more (800 steps of seed 16), started from the mean of small-8 and two runs of "
     earlier += (
         "350 steps: simulated (189 studies of seed 15), weights averaged with those of 2 more (350 steps of seed "
