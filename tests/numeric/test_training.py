@@ -93,22 +93,17 @@ def test_the_weights_to_start_from_fit_the_network_and_tell_where_they_come_from
     others = "120 steps of seed 21, 400 steps of seed 9, 240 steps of seed 9"
     stages = (500, 300, 280, 500, 440, 200, 15100)
     earlier = (
-        "simulated, started from 900 steps on: simulated (293 studies of seed 19, 83 of which were drawn for being "
+        "simulated, started from 900 steps on: simulated (293 studies of seed 19, 83 of which were drawn for "
+        "being MPRAGE, by a flawed state of the simulator, and 97 of seed 17 that are not MPRAGE), weights "
+        "averaged with those of 1 more (900 steps of seed 18), started from 900 steps on: simulated (189 studies "
+        "of seed 15 and 189 of seed 17), weights averaged with those of 1 more (800 steps of seed 16), started "
+        "from the mean of small-8 and two runs of 350 steps: simulated (189 studies of seed 15), weights averaged"
+        " with those of 2 more (350 steps of seed 17, 350 steps of seed 17), weights averaged with those of 2 "
+        "more (360 steps of seed 15, 450 steps of seed 14), started from 360 steps on: simulated (the same), "
+        "started from 450 steps on: simulated (studies of seeds 4 to 9; those of 4 to 7 by earlier states of the "
+        "simulator), weights averaged with those of 1 more (1100 steps of seed 13), started from 1100 steps on: "
+        "simulated, started from 400 steps on: simulated, coarse levels alone, "
     )
-    earlier += (
-        "MPRAGE, by a flawed state of the simulator, and 97 of seed 17 that are not), weights averaged with those of "
-    )
-    earlier += "1 more (900 steps of seed 18), "
-    earlier += "started from 900 steps on: simulated (189 studies of seed 15 and 189 of seed 17), weights "
-    earlier += "averaged with those of 1 more (800 steps of seed 16), started from the mean of small-8 and two runs of "
-    earlier += (
-        "350 steps: simulated (189 studies of seed 15), weights averaged with those of 2 more (350 steps of seed "
-    )
-    earlier += "17, 350 steps of seed 17), weights averaged with those of 2 more (360 steps of seed 15, 450 steps of "
-    earlier += "seed 14), started from 360 steps on: simulated "
-    earlier += "(the same), started from 450 steps on: simulated (studies of seeds 4 to 9; those of 4 to 7 by earlier "
-    earlier += "states of the simulator), weights averaged with those of 1 more (1100 steps of seed 13), "
-    earlier += "started from 1100 steps on: simulated, started from 400 steps on: simulated, coarse levels alone, "
     earlier += f"started from 240 steps on: simulated, weights averaged with those of 3 more ({others}), "
     earlier += "".join(f"started from {steps} steps on: simulated, " for steps in stages)
     assert saved["config"]["data"] == earlier.removesuffix(", ")
