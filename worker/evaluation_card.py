@@ -155,7 +155,8 @@ _TEXTS = {  # of a table: its title, and what it is
     "embedding": (
         "What the embedding tells apart",
         """
-        Share of the variance of the embedding, over a grid of acquisitions, that each variable explains alone.
+        Share of the variance of the embedding, over a grid of acquisitions, that each variable explains alone. What the
+        header tells acts through the dose response, too, of which this shows nothing.
         """,
     ),
 }

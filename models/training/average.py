@@ -1,8 +1,8 @@
 """One network from several runs: the mean of their averaged weights, where the runs began at one network.
 
 Hides which runs may be averaged and what the card says of it. Must never average networks that were told other things,
-or that learned from a site. Runs from one start stay in one basin of the loss, and so does their mean (Wortsman et al.,
-"Model soups", arXiv 2203.05482); of runs from different starts it is no network at all.
+that learned from a site, or that have different dose responses. Runs from one start stay in one basin of the loss, and
+so does their mean (Wortsman et al., "Model soups", arXiv 2203.05482); of runs from different starts it is no network.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from models.training.network import RESPONSE
 
 APART = 0.5  # distance of two sets of weights over the length of the first; strangers have about 1.4
 
@@ -40,6 +42,8 @@ def average(checkpoints: Sequence[Path], out: Path) -> None:
             raise ValueError(f"{path} learned from a site's studies: the card could not tell whose they are")
         if _kind(run) != _kind(first):
             raise ValueError(f"{path} is another kind of network than {checkpoints[0]}")
+        if not _same_response(first, run):
+            raise ValueError(f"{path} learned another dose response than {checkpoints[0]}")
         if not _distance(first, run) < APART:  # nor where it is not a number
             raise ValueError(f"{path} did not start from where {checkpoints[0]} did")
     weights = {
@@ -62,7 +66,12 @@ def _kind(run: dict[str, Any]) -> tuple[str, bool, str, dict[str, torch.Size]]:
     return config["variant"], config.get("conditioned", True), config.get("target", "truth"), shapes
 
 
+def _same_response(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    names = [name for name in one["average"] if name.startswith(RESPONSE)]
+    return all(torch.equal(one["average"][name].float(), other["average"][name].float()) for name in names)
+
+
 def _distance(one: dict[str, Any], other: dict[str, Any]) -> float:
-    names = list(one["average"])  # not every file holds them in one order
+    names = [name for name in one["average"] if not name.startswith(RESPONSE)]  # not every file has one order
     here, there = (torch.cat([run["average"][name].float().ravel() for name in names]) for run in (one, other))
     return float(torch.linalg.norm(there - here) / torch.linalg.norm(here))

@@ -27,7 +27,10 @@ from models.volume import Array
 OPSET = 18
 HALO = {"small": 60, "base": 64}  # what a voxel depends on, in multiples of the stride; a test measures it
 TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3}  # largest difference from torch in fp32; white matter = 1
-SIMULATED = "simulated: ICBM 152 tissue maps, random anatomy, lesions and acquisition (models/training)"
+SIMULATED = (
+    "simulated: ICBM 152 tissue maps, random anatomy, lesions and acquisition, dose response by the signal equations "
+    "(models/training)"
+)
 UNPROVEN = "no clinical validation: trained on simulated studies"
 UNPROVEN_SITE = "no clinical validation: trained on one site's own studies, not tested on any other site's"
 LIMITS = (
@@ -239,7 +242,7 @@ def _card(model_id: str, config: dict[str, object], written: dict[str, _Written]
         "parity": _two_digits(written["fp32"].parity),
         "variant": config["variant"],
         "training_data": data.replace("simulated", SIMULATED, 1),
-        "intended_use": RESEARCH_USE.replace("simulated", "a site's own") if own else RESEARCH_USE,
+        "intended_use": RESEARCH_USE.replace("simulated", "a site's own and simulated") if own else RESEARCH_USE,
         "preset": _preset(config),
         "steps": config["steps"],
         "seed": config["seed"],

@@ -1,14 +1,15 @@
 """The conditional residual 3-D U-Net with its bounded output.
 
-Hides the architecture. The output is a fraction of an upper bound that the graph itself computes from the measured
-subtraction, so that whatever the weights are: 0 <= y <= G(dose) * max(z, z smoothed at three scales, 0),
-G(dose) = 1.5 / dose fraction.
+Hides the architecture: a learned dose response amplifies the subtraction, a U-Net decides what of it is shown, how
+strongly. The graph itself computes an upper bound from the measured subtraction, so that whatever the weights are:
+0 <= y <= G(dose) * max(z, z smoothed at three scales, 0), G(dose) = 1.5 / dose fraction.
 No layer's statistics depend on the size of the input, so tiles and the whole volume agree. Must never use information
 outside its two inputs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -30,6 +31,7 @@ CAP = 0.3  # of white matter: what a gate of 0 lets through at most
 NEIGHBOURLY = 2.0  # how much further a gate opens than its own evidence says, where there is more beside it
 CLEAR = 3.0  # signal-to-noise ratio, after smoothing, at which the logit of an untrained network's gate is 0
 NOISE_LEFT = slice(NAMES.index("log_noise_left_1"), NAMES.index("log_noise_left_3") + 1)
+RESPONSE = "response"  # name of its weights
 FULL_RESOLUTION = ("stem", "enter.0", "leave.0", "head", "embed")  # names of its weights, and of what all levels share
 STRIDE = 4  # volumes are padded to a multiple of this
 STRICT_FROM = 0.33  # dose fraction from which on the gate's offset applies in full; below, in proportion
@@ -45,6 +47,46 @@ class Architecture:
 
 
 VARIANTS = {"small": Architecture(), "base": Architecture((32, 64, 128), (2, 2, 3), 96)}
+
+
+class Response(nn.Module):
+    """What the standard dose shows of an enhancement that is known in proportion to the dose (ADR 21).
+
+    How much a signal saturates follows from sequence, timing, agent, field strength and dose, and from how bright the
+    voxel was before: a polynomial per acquisition, whose coefficients a small network gives. It sees one voxel at a
+    time, and is learned from voxels without images (`models.training.response`), not with the rest.
+    """
+
+    POWERS = (4, 3)  # coefficients over the saturating proportional signal, and over the pre-contrast image
+    STRONGEST, BRIGHTEST = 3.0, 1.3  # of either that is told apart, white matter = 1: beyond is too rare to learn
+
+    def __init__(self, width: int = 128) -> None:
+        super().__init__()
+        told = [index for index, name in enumerate(NAMES) if name not in MEASURED]
+        self.told: Tensor
+        self.register_buffer("told", torch.tensor(told), persistent=False)
+        self.layers = nn.Sequential(
+            *(nn.Linear(len(told), width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()),
+            *(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, self.POWERS[0] * self.POWERS[1])),
+        )
+        for start in self.layers[-1].parameters():  # unlearned, it is proportion
+            nn.init.zeros_(start)
+
+    def forward(self, proportional: Tensor, pre: Tensor, condition: Tensor) -> Tensor:
+        """Signals over the dose fraction (n, m, k, j, i), pre-contrast image (n, 1, ...), condition; (n, m, k, j, i).
+
+        At most HEADROOM times the proportional signal, and of its sign.
+        """
+        with torch.autocast(proportional.device.type, enabled=False):  # terms cancel
+            terms = self.layers(condition[:, self.told]).reshape(-1, *self.POWERS, 1, 1, 1, 1)
+            bright = torch.clamp(pre, 0, self.BRIGHTEST)
+            strong = torch.clamp(proportional, 0, self.STRONGEST)
+            strong = strong / (1 + strong)
+            logarithm = torch.zeros_like(strong)
+            for power in reversed(range(self.POWERS[0])):
+                at = terms[:, power]
+                logarithm = logarithm * strong + (at[:, 0] + bright * (at[:, 1] + bright * at[:, 2]))
+            return proportional * torch.exp(torch.clamp(2 * torch.tanh(logarithm / 2), max=math.log(HEADROOM)))
 
 
 class ChannelNorm(nn.Module):
@@ -120,6 +162,7 @@ class Network(nn.Module):
         self.gate_offset = 0.0  # the operating point: what is taken from the gate's logit
         a, b, c = architecture.widths
         e = architecture.embedding
+        self.response = Response()
         self.embed = nn.Sequential(nn.Linear(len(NAMES), e), nn.SiLU(), nn.Linear(e, e), nn.SiLU())
         self.stem = nn.Conv3d(11, a, 3, padding=1)
         self.down_1, self.down_2 = nn.Conv3d(a, b, 2, stride=2), nn.Conv3d(b, c, 2, stride=2)
@@ -128,7 +171,7 @@ class Network(nn.Module):
         self.leave = nn.ModuleList(Level(architecture, level) for level in (0, 1))
         self.told = nn.ModuleList(nn.Conv3d(width, 2, 1) for width in (b, c))  # asked in training alone (ADR 16)
         self.head = nn.Conv3d(a, 8, 3, padding=1)
-        for start in self.head.parameters():  # and the network as a smoothed, gated linear amplification
+        for start in self.head.parameters():  # and the network as a smoothed, gated amplification
             nn.init.zeros_(start)
         self.mix: Tensor
         self.register_buffer("mix", torch.tensor([1.0, 2.0, 0.0, -2.0]).reshape(1, 4, 1, 1, 1), persistent=False)
@@ -201,15 +244,15 @@ class Network(nn.Module):
         wide = self._blur(twice, 2)
         measured = torch.cat([z, once, twice, wide], 1)
         bound = HEADROOM / bounding * functional.relu(measured.amax(1, keepdim=True))
-        amplified = measured / dose
+        amplified = self.response(measured / dose, pre, condition)
         left = functional.pad(torch.exp(condition[:, NOISE_LEFT]), (1, 0), value=1.0)[:, :, None, None, None]
         clarity = measured / (torch.clamp(noise, min=1e-3) * left)
         seen = torch.cat([torch.tanh(amplified / 2) * 2, torch.tanh(clarity / 6) * 3, pre, 5 * noise, noise / dose], 1)
         features, coarse = self._body(seen, self.embed(condition))
         out = self.head(features)
-        linear = (torch.softmax(out[:, 0:4] + self.mix, 1) * amplified).sum(1, keepdim=True)
+        mixed = (torch.softmax(out[:, 0:4] + self.mix, 1) * amplified).sum(1, keepdim=True)
         share, gain, own, gate = out[:, 4:5], out[:, 5:6], out[:, 6:7], out[:, 7:8]
-        signal = torch.sigmoid(share + 3) * linear * torch.exp(0.5 * torch.tanh(gain)) + own
+        signal = torch.sigmoid(share + 3) * mixed * torch.exp(0.5 * torch.tanh(gain)) + own
         prior = 2 * (clarity[:, 1:].amax(1, keepdim=True) - CLEAR)
         gate = self._blur(self._blur(gate + torch.clamp(prior, -6, 6), 1), 1)  # in one voxel alone it is mostly noise
         beside = functional.max_pool3d(self._blur(gate, 1), 3, stride=1, padding=1)

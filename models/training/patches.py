@@ -32,6 +32,7 @@ _DROPPED = (  # what becomes unknown together: the effective dose needs field st
     _INVERSION,
     _FLIP,
 )
+GAPS = tuple([NAMES.index(name) for name in group] for group in _DROPPED)  # columns of the condition
 
 
 class Held:
@@ -59,9 +60,9 @@ class Held:
         condition = self.condition.copy()
         spacing_kji = condition[SPACING : SPACING + 3][::-1]
         condition[SPACING : SPACING + 3] = spacing_kji[order][::-1]
-        for group in _DROPPED:
+        for columns in GAPS:
             if rng.uniform() < DROP:
-                condition[[NAMES.index(name) for name in group]] = 0
+                condition[columns] = 0
         return turned, condition
 
     def _centre(self, rng: np.random.Generator) -> npt.NDArray[np.intp]:

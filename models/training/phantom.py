@@ -15,6 +15,7 @@ import numpy as np
 from scipy import fft, ndimage
 
 from models.agents import AGENTS, Agent
+from models.condition import Conditions
 from models.pose import load_atlas
 from models.training.physics import (
     Sequence,
@@ -35,6 +36,9 @@ CURVE_NODES = 320  # of concentration
 # Concentrations at the standard dose, mM. 0.1 mmol/kg in an extracellular volume of 0.2 to 0.25 L/kg are .4 to .5 in
 # plasma, of which whole blood holds 1 - haematocrit, more in the first minutes, and a lesion its extravascular share.
 BLOOD_MM, LESION_MM = (0.2, 0.5), (0.03, 0.5)
+DURA_MM, PIA_MM, CHOROID_MM = (0.1, 0.4), (0.05, 0.4), (0.2, 0.5)
+TRANSMIT_MEAN, TRANSMIT_SPREAD = (0.9, 1.05), (0.02, 0.1)  # of the flip angle's scale
+RECEIVE_SPREAD = (0.0, 0.15)  # of the logarithm of the receive coil's gain
 ATROPHY = 4.0  # fluid of a head over that of the maps, at most: intracranial share about 10 to 30 %
 PIAL_SHARE = 0.7  # of vessels
 SHORTEST_DELAY_S = 0.15  # between inversion and first readout that a header states in place of the inversion time
@@ -59,6 +63,19 @@ class Scenario:
     def dose_mmol_per_kg(self) -> float:
         """The injected dose."""
         return self.dose_fraction * self.agent.standard_dose_mmol_per_kg
+
+    def conditions(self, sigma: float, noise_left: tuple[float, float, float]) -> Conditions:
+        """What its header tells, and the noise that was measured."""
+        return Conditions(
+            field_strength_t=self.field_strength_t,
+            agent=self.agent.name,
+            dose_mmol_per_kg=self.dose_mmol_per_kg,
+            sequence=self.sequence.kind,
+            sigma=sigma,
+            noise_left=noise_left,
+            spacing_mm=self.spacing_mm,
+            **self.sequence.stated,
+        )
 
     @property
     def summary(self) -> str:
@@ -113,6 +130,21 @@ def draw_scenario(rng: np.random.Generator) -> Scenario:
     by_delay = by_readout and bool(rng.uniform() < 0.7) and sequence.preparation_s >= SHORTEST_DELAY_S
     sequence = replace(sequence, states_readouts=by_readout, states_delay=by_delay)
     return Scenario(field, agent, dose, sequence, (in_plane, in_plane, through), sigma, stripped, lesions)
+
+
+def draw_relaxivity(scenario: Scenario, rng: np.random.Generator) -> float:
+    """That of the agent, 1/(mM s), which in tissue is not exactly that in plasma."""
+    return float(scenario.agent.relaxivity_per_mm_s(scenario.field_strength_t) * rng.uniform(0.85, 1.15))
+
+
+def draw_uptake(scenario: Scenario, rng: np.random.Generator) -> float:
+    """Scale of all concentrations: a lower-dosed agent reaches the tissue in proportion to what is injected."""
+    return float(scenario.agent.standard_dose_mmol_per_kg / 0.1 * rng.uniform(0.8, 1.2))
+
+
+def draw_flow(sequence: Sequence, rng: np.random.Generator) -> float:
+    """Scale of the signal of blood: fresh spins brighten it, dephasing and flow voids darken it."""
+    return float(rng.uniform(0.25, 2.0) if sequence.kind != "SE" else rng.uniform(0.1, 1.0))
 
 
 def with_choices(scenario: Scenario, **chosen: Any) -> Scenario:
@@ -251,14 +283,14 @@ def _add_meninges(
     patches = np.clip(0.5 + smooth_field(shape, 12, 0.5, rng), 0, 1)
     midline = np.exp(-((points[0] / rng.uniform(0.5, 1.0)) ** 2)) * (anatomy.fractions["csf"] > 0.3)
     dura = np.clip(shell * patches * rng.uniform(0.2, 0.9) + 0.7 * midline, 0, 0.9).astype(np.float32)
-    _place(anatomy, "dura", dura, _uptake(anatomy, rng.uniform(0.1, 0.4), rng))
+    _place(anatomy, "dura", dura, _uptake(anatomy, rng.uniform(*DURA_MM), rng))
     deep = ndimage.gaussian_filter(inside, 10 / np.array(scenario.spacing_mm[::-1])) > 0.97
     sulci = (anatomy.fractions["csf"] > 0.15) & (inside > 0.5) & ~deep
     pial = (smooth_field(shape, rng.uniform(1.5, 3.0), 1.0, rng) > rng.uniform(0.8, 2.0)) & sulci
-    _place(anatomy, "pia", rng.uniform(0.3, 0.9) * _soften(pial), _uptake(anatomy, rng.uniform(0.05, 0.4), rng, 0.5))
+    _place(anatomy, "pia", rng.uniform(0.3, 0.9) * _soften(pial), _uptake(anatomy, rng.uniform(*PIA_MM), rng, 0.5))
     choroid = (smooth_field(shape, 3, 1.0, rng) > 1.3) & deep & (anatomy.fractions["csf"] > 0.7)
     if choroid.any():
-        _place(anatomy, "mucosa", _soften(choroid), _uptake(anatomy, rng.uniform(0.2, 0.5), rng))
+        _place(anatomy, "mucosa", _soften(choroid), _uptake(anatomy, rng.uniform(*CHOROID_MM), rng))
 
 
 def _add_head(anatomy: _Anatomy, inside: Array, scenario: Scenario, rng: np.random.Generator) -> None:
@@ -414,12 +446,9 @@ def _blob(
 def _image(anatomy: _Anatomy, scenario: Scenario, rng: np.random.Generator, *, whole: bool, standard: bool) -> Phantom:
     """Mix signals by fraction, blur, and acquire the images with independent noise."""
     ideal = {dose: np.zeros(anatomy.brain.shape, np.float32) for dose in (0.0, scenario.dose_fraction, 1.0)}
-    r1 = scenario.agent.relaxivity_per_mm_s(scenario.field_strength_t) * rng.uniform(0.85, 1.15)
-    # A stronger or lower-dosed agent reaches the tissue in other concentrations: uptake follows the injected dose.
-    uptake = scenario.agent.standard_dose_mmol_per_kg / 0.1 * rng.uniform(0.8, 1.2)
+    r1, uptake = draw_relaxivity(scenario, rng), draw_uptake(scenario, rng)
     b1 = np.ones(anatomy.brain.shape, np.float32) if whole else _transmit_field(anatomy.brain.shape, rng)
-    # Fresh spins brighten blood, dephasing and flow voids darken it.
-    flow = rng.uniform(0.25, 2.0) if scenario.sequence.kind != "SE" else rng.uniform(0.1, 1.0)
+    flow = draw_flow(scenario.sequence, rng)
     for name, fraction in anatomy.fractions.items():
         tissue = draw_tissue(name, scenario.field_strength_t, rng)
         if name == "blood":
@@ -435,10 +464,10 @@ def _image(anatomy: _Anatomy, scenario: Scenario, rng: np.random.Generator, *, w
         window = _spectral_window(anatomy.brain.shape, spread, rng)
         ideal = {dose: fft.irfftn(fft.rfftn(image) * window, image.shape) for dose, image in ideal.items()}
     level = float(np.quantile(ideal[0.0][anatomy.brain], 0.9)) if anatomy.brain.sum() > 100 else 1.0
-    bias = np.exp(smooth_field(anatomy.brain.shape, 40, rng.uniform(0, 0.15), rng))  # of the receive coil
+    bias = np.exp(smooth_field(anatomy.brain.shape, 40, rng.uniform(*RECEIVE_SPREAD), rng))
     ideal = {dose: (image * bias / level).astype(np.float32) for dose, image in ideal.items()}
-    response = _uncertain(ideal[0.0], ideal[scenario.dose_fraction], ideal[1.0], scenario.dose_fraction, rng)
-    after = [response, ideal[1.0]] if standard else [response]
+    low = depart(ideal[0.0], ideal[scenario.dose_fraction], ideal[1.0], scenario.dose_fraction, rng)
+    after = [low, ideal[1.0]] if standard else [low]
     (pre, low, *more), kept = _acquire(ideal[0.0], after, anatomy.brain, scenario, rng, spread=spread, whole=whole)
     return Phantom(
         scenario,
@@ -452,7 +481,7 @@ def _image(anatomy: _Anatomy, scenario: Scenario, rng: np.random.Generator, *, w
     )
 
 
-def _uncertain(before: Array, low: Array, full: Array, dose_fraction: float, rng: np.random.Generator) -> Array:
+def depart(before: Array, low: Array, full: Array, dose_fraction: float, rng: np.random.Generator) -> Array:
     """The low-dose image somewhere between the signal equations and enhancement in proportion to dose.
 
     How much a scanner's signal saturates follows from the equations only in part: the order of k-space, slice profile,
@@ -465,8 +494,8 @@ def _uncertain(before: Array, low: Array, full: Array, dose_fraction: float, rng
 
 def _transmit_field(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
     """Smooth transmit field (k, j, i) of a block, as a scale of the flip angle."""
-    field = 1 + smooth_field(shape, 45, rng.uniform(0.02, 0.1), rng)
-    return np.clip(field * rng.uniform(0.9, 1.05), *B1_RANGE).astype(np.float32)
+    field = 1 + smooth_field(shape, 45, rng.uniform(*TRANSMIT_SPREAD), rng)
+    return np.clip(field * rng.uniform(*TRANSMIT_MEAN), *B1_RANGE).astype(np.float32)
 
 
 def _point_spread(rng: np.random.Generator, *, interpolated: float) -> Array:

@@ -79,16 +79,7 @@ def sample_of(phantom: Phantom) -> Sample:
     brain, scenario = phantom.brain, phantom.scenario
     pre = scaled(phantom.pre, brain)
     seen = compare(pre, scaled(phantom.low, brain), brain, scenario.spacing_mm)
-    conditions = Conditions(
-        field_strength_t=scenario.field_strength_t,
-        agent=scenario.agent.name,
-        dose_mmol_per_kg=scenario.dose_mmol_per_kg,
-        sequence=scenario.sequence.kind,
-        sigma=seen.sigma,
-        noise_left=seen.noise_left,
-        spacing_mm=scenario.spacing_mm,
-        **scenario.sequence.stated,
-    )
+    conditions = scenario.conditions(seen.sigma, seen.noise_left)
     truth = np.maximum(phantom.enhancement / level_of(phantom.pre, brain), 0)
     return Sample(
         np.stack([seen.subtraction, pre, seen.sigma_map]).astype(np.float16),

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from models.training.network import FULL_RESOLUTION, STRIDE, VARIANTS, Network
+from models.training.network import FULL_RESOLUTION, RESPONSE, STRIDE, VARIANTS, Network
 from models.training.patches import Held, draw_batch
+from models.training.response import learned
 from models.training.samples import TRAIN_SEED, VALIDATION_SEED, Block, make_sample, stream
 from models.training.site import SiteData, cut, padded, simulated_block
 
@@ -55,6 +56,7 @@ class Config:
     warm_up: int = 200  # steps over which the rate rises
     loss_offset: float = 0.0  # gate offset for `loss` and `validate`, and for export unless another is chosen
     false_full_at: int = 3000  # steps over which the weight of false enhancement rises; in full at once if 0
+    acquisitions: int = 60_000  # of whose voxels the dose response is learned, unless a run starts from another
     fill: int = 16  # blocks simulated before the first step
     keep: int = 200  # simulated blocks held at a time
     refresh: int = 24  # steps between two new blocks
@@ -67,7 +69,7 @@ class Config:
 
 
 PRESETS = {
-    "smoke": Config(steps=6, batch=1, patch=24, keep=2, refresh=3, validation=1, mixed=False),
+    "smoke": Config(acquisitions=200, steps=6, batch=1, patch=24, keep=2, refresh=3, validation=1, mixed=False),
     "small-cpu": Config(),
     "small-gpu": Config(steps=15100, batch=16, patch=48, keep=1000, refresh=14, validation=16),
     "small-tune": Config(  # goes on from the averaged weights of another run
@@ -135,7 +137,7 @@ def train(
     check(config, site=source is not None)
     out.mkdir(parents=True, exist_ok=True)
     config = _stated(config, source, start)
-    run = _start(config, out, start)
+    run = _start(config, out, start, workers, report)
     (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
     held, fresh, validation = _studies(run, config, source, workers)
     began, losses = time.monotonic(), []
@@ -179,12 +181,15 @@ def check(config: Config, *, site: bool) -> None:
         site: whether it learns from a site's studies.
 
     Raises:
-        ValueError: the seed is out of range, the loss offset negative, or the target unknown or not a site's.
+        ValueError: the seed is out of range, the loss offset negative, no acquisition to be drawn, or the target
+            unknown or not a site's.
     """
     if not 1 <= config.seed <= LAST_SEED:
         raise ValueError(f"the seed must be from 1 to {LAST_SEED}: others would meet evaluation studies")
     if config.target not in TARGETS:
         raise ValueError(f"known targets: {', '.join(TARGETS)}")
+    if config.acquisitions < 1:
+        raise ValueError(f"no dose response is learned from {config.acquisitions} acquisitions")
     if config.loss_offset < 0:
         raise ValueError(f"a loss offset of {config.loss_offset:g} is negative: the gate would open of itself")
     if site and config.target != "truth":
@@ -194,6 +199,8 @@ def check(config: Config, *, site: bool) -> None:
 def _stated(config: Config, source: SiteData | None, start: Path | None) -> Config:
     """The configuration with what the network learned from, first to last."""
     data, digest = source.summary if source else "simulated", ""
+    if source and not start:
+        data += ", dose response by the signal equations"
     if not config.full_share:
         data += ", coarse levels alone"
     if config.target != "truth":
@@ -212,18 +219,20 @@ def _stated(config: Config, source: SiteData | None, start: Path | None) -> Conf
     return replace(config, data=data, start=digest)
 
 
-def _start(config: Config, out: Path, start: Path | None) -> _Run:
+def _start(
+    config: Config, out: Path, start: Path | None, workers: int = 1, report: Callable[[str], None] = print
+) -> _Run:
     torch.manual_seed(config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True  # all patches of a run are of one size
     network, average = (Network(VARIANTS[config.variant], conditioned=config.conditioned).to(device) for _ in range(2))
     network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     network.gate_offset = average.gate_offset = config.loss_offset
-    average.load_state_dict(network.state_dict())
     full = [weight for name, weight in network.named_parameters() if name.startswith(FULL_RESOLUTION)]
     for weight in full:
         weight.requires_grad_(config.full_share > 0)
-    coarse = [weight for name, weight in network.named_parameters() if not name.startswith(FULL_RESOLUTION)]
+    apart = (*FULL_RESOLUTION, RESPONSE)
+    coarse = [weight for name, weight in network.named_parameters() if not name.startswith(apart)]
     groups = [{"params": coarse, "share": 1.0}, {"params": full, "share": config.full_share}]
     run = _Run(network, average, torch.optim.AdamW(groups, lr=config.rate, weight_decay=1e-4), device)
     path = out / "checkpoint.pt"
@@ -239,6 +248,14 @@ def _start(config: Config, out: Path, start: Path | None) -> _Run:
         weights = torch.load(start, map_location=device, weights_only=True)["average"]
         network.take(weights)
         average.take(weights)
+    else:
+        response, ratio = learned(
+            config.seed, config.acquisitions, told=config.conditioned, workers=workers, device=device
+        )
+        report(f"dose response: {ratio:.2f} of the error of proportion")
+        network.response.load_state_dict(response.state_dict())
+        average.load_state_dict(network.state_dict())
+    network.response.requires_grad_(False)  # studies show too few acquisitions to learn it from (ADR 21)
     return run
 
 
@@ -280,7 +297,7 @@ def _step(run: _Run, config: Config, held: list[Held]) -> Tensor:
         value = value + gate_loss(gate, *regions)
     run.optimizer.zero_grad(set_to_none=True)
     value.backward()
-    torch.nn.utils.clip_grad_norm_(run.network.parameters(), 0.5)
+    torch.nn.utils.clip_grad_norm_([one for group in run.optimizer.param_groups for one in group["params"]], 0.5)
     run.optimizer.step()
     run.step += 1
     decay = min(config.ema, run.step / (run.step + 20))

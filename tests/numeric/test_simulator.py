@@ -21,7 +21,7 @@ from models.training.phantom import (
     _spectral_window,
     _tissue_signal,
     _tissues,
-    _uncertain,
+    depart,
     draw_scenario,
     make_phantom,
 )
@@ -204,11 +204,11 @@ def test_vendors_state_the_timing_of_an_inversion_prepared_train_in_two_ways() -
 def test_the_dose_response_lies_between_the_signal_equations_and_proportion_to_dose() -> None:
     before, full = np.full(1, 1.0, np.float32), np.full(1, 2.0, np.float32)
     saturating = np.full(1, 1.5, np.float32)  # half of the enhancement at a third of the dose
-    drawn = [float(_uncertain(before, saturating, full, 0.33, np.random.default_rng(n))[0]) for n in range(50)]
+    drawn = [float(depart(before, saturating, full, 0.33, np.random.default_rng(n))[0]) for n in range(50)]
     assert 1.33 <= min(drawn) < 1.37
     assert 1.46 < max(drawn) <= 1.5
     for dose, exact in ((0.0, before), (1.0, full)):  # neither a rescan nor the standard dose is uncertain
-        assert _uncertain(before, exact, full, dose, np.random.default_rng(1)) == pytest.approx(exact)
+        assert depart(before, exact, full, dose, np.random.default_rng(1)) == pytest.approx(exact)
 
 
 def rim(brain: Mask) -> Mask:

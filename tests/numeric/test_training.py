@@ -29,9 +29,10 @@ from models.training.average import average
 from models.training.curves import draw_curves
 from models.training.evaluate import JUDGED_DOSE, held_out, interval, score, usable_studies
 from models.training.export import HALO, TOLERANCE, ParityError, export, load_network
-from models.training.network import CAP, FULL_RESOLUTION, STRIDE, VARIANTS, ChannelNorm, Network
+from models.training.network import CAP, FULL_RESOLUTION, RESPONSE, STRIDE, VARIANTS, ChannelNorm, Network
 from models.training.network import Block as NetworkBlock
 from models.training.patches import Held
+from models.training.response import learned
 from models.training.samples import (
     TEST_SEED,
     TRAIN_SEED,
@@ -93,7 +94,9 @@ def test_the_weights_to_start_from_fit_the_network_and_tell_where_they_come_from
     others = "120 steps of seed 21, 400 steps of seed 9, 240 steps of seed 9"
     stages = (500, 300, 280, 500, 440, 200, 15100)
     earlier = (
-        "simulated, started from 900 steps on: simulated (293 studies of seed 19, 83 of which were drawn for "
+        "simulated, started from 900 steps on: simulated (192 studies of seed 24), weights averaged with those of 2 "
+        "more (the start of these steps, and 600 steps of seed 25 after them), started from 900 steps on, given the "
+        "dose response of 60000 acquisitions of seed 1: simulated (293 studies of seed 19, 83 of which were drawn for "
         "being MPRAGE, by a flawed state of the simulator, and 97 of seed 17 that are not MPRAGE), weights "
         "averaged with those of 1 more (900 steps of seed 18), started from 900 steps on: simulated (189 studies "
         "of seed 15 and 189 of seed 17), weights averaged with those of 1 more (800 steps of seed 16), started "
@@ -108,6 +111,19 @@ def test_the_weights_to_start_from_fit_the_network_and_tell_where_they_come_from
     earlier += "".join(f"started from {steps} steps on: simulated, " for steps in stages)
     assert saved["config"]["data"] == earlier.removesuffix(", ")
     assert all(weights.dtype is torch.float32 for weights in saved["average"].values())
+
+
+@pytest.mark.usefixtures("small_heads")
+def test_a_run_learns_its_dose_response_first_and_studies_leave_it_as_it_is(tmp_path: Path) -> None:
+    response, _ = learned(TINY.seed, TINY.acquisitions)
+    train(replace(TINY, steps=1), tmp_path / "run", report=lambda _: None)
+    train(TINY, tmp_path / "run", report=lambda _: None)  # goes on
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    train(TINY, tmp_path / "next", report=lambda _: None, start=checkpoint)
+    for path in (checkpoint, tmp_path / "next" / "checkpoint.pt"):
+        saved = torch.load(path, weights_only=True)
+        for part, (name, weight) in itertools.product(("network", "average"), response.state_dict().items()):
+            assert torch.allclose(saved[part][f"{RESPONSE}.{name}"], weight, atol=1e-6)
 
 
 @pytest.mark.usefixtures("small_heads")
@@ -136,6 +152,11 @@ def test_runs_that_do_not_fit_together_are_not_averaged(tmp_path: Path) -> None:
     masked = random_checkpoint(tmp_path / "masked.pt", target="masked")
     stranger = random_checkpoint(tmp_path / "stranger.pt", seed=2)
     saved = torch.load(first, weights_only=True)
+    unlike = torch.load(stranger, weights_only=True)
+    responses = {name: weight for name, weight in saved["average"].items() if name.startswith(RESPONSE)}
+    torch.save(unlike | {"average": unlike["average"] | responses}, stranger)
+    responses = {name: weight + 0.1 for name, weight in responses.items()}
+    torch.save(saved | {"average": saved["average"] | responses}, tmp_path / "response.pt")
     del saved["average"]["head.bias"]
     torch.save(saved, tmp_path / "older.pt")
     for others, says in (
@@ -144,6 +165,7 @@ def test_runs_that_do_not_fit_together_are_not_averaged(tmp_path: Path) -> None:
         ([masked], "another kind"),
         ([tmp_path / "older.pt"], "another kind"),
         ([stranger], "did not start"),
+        ([tmp_path / "response.pt"], "another dose response"),
         ([first], "twice"),
         ([], "at least two"),
     ):
@@ -223,7 +245,7 @@ def test_the_halo_of_tiles_covers_what_a_voxel_depends_on_in_whole_strides(varia
     network = Network(VARIANTS[variant]).double()
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            if "modulate" not in name:
+            if "modulate" not in name and not name.startswith(RESPONSE):  # which sees one voxel
                 parameter.copy_(0.05 * torch.rand_like(parameter))  # positive: nothing cancels
     assert HALO[variant] - STRIDE < reach(network) <= HALO[variant]
     assert HALO[variant] % STRIDE == 0
