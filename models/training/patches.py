@@ -49,7 +49,7 @@ class Held:
         """A randomly placed, turned and flipped patch.
 
         Returns:
-            (6, size, size, size): images, truth, brain and quiet brain; condition with random gaps.
+            (6, size, size, size): images, truth, brain and quiet brain; and the condition, its spacing turned likewise.
         """
         sides = self.layers.shape[1:]
         start = [int(np.clip(c - size // 2, 0, n - size)) for c, n in zip(self._centre(rng), sides, strict=True)]
@@ -60,9 +60,6 @@ class Held:
         condition = self.condition.copy()
         spacing_kji = condition[SPACING : SPACING + 3][::-1]
         condition[SPACING : SPACING + 3] = spacing_kji[order][::-1]
-        for columns in GAPS:
-            if rng.uniform() < DROP:
-                condition[columns] = 0
         return turned, condition
 
     def _centre(self, rng: np.random.Generator) -> npt.NDArray[np.intp]:
@@ -79,7 +76,16 @@ def _places(mask: Mask) -> npt.NDArray[np.intp]:
 
 
 def draw_batch(held: Sequence[Held], count: int, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Patches (count, 6, size, size, size) of blocks drawn at random, and their conditions; float32 on their device."""
+    """Patches (count, 6, size, size, size) of random blocks, and conditions with gaps; float32 on their device."""
     drawn = [held[int(rng.integers(len(held)))].patch(size, rng) for _ in range(count)]
     layers = torch.stack([patch for patch, _ in drawn]).float()
-    return layers, torch.from_numpy(np.stack([condition for _, condition in drawn])).to(layers.device)
+    conditions = with_gaps(np.stack([condition for _, condition in drawn]), rng)
+    return layers, torch.from_numpy(conditions).to(layers.device)
+
+
+def with_gaps(conditions: Array, rng: np.random.Generator) -> Array:
+    """Conditions (n, len(NAMES)), each with what a header may lack become unknown at random."""
+    gone = np.zeros(conditions.shape, bool)
+    for columns in GAPS:
+        gone[:, columns] |= rng.uniform(size=(len(conditions), 1)) < DROP
+    return np.where(gone, np.float32(0), conditions)

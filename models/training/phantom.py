@@ -36,7 +36,7 @@ CURVE_NODES = 320  # of concentration
 # Concentrations at the standard dose, mM. 0.1 mmol/kg in an extracellular volume of 0.2 to 0.25 L/kg are .4 to .5 in
 # plasma, of which whole blood holds 1 - haematocrit, more in the first minutes, and a lesion its extravascular share.
 BLOOD_MM, LESION_MM = (0.2, 0.5), (0.03, 0.5)
-DURA_MM, PIA_MM, CHOROID_MM = (0.1, 0.4), (0.05, 0.4), (0.2, 0.5)
+DURA_MM, PIA_MM, CHOROID_MM, MUCOSA_MM = (0.1, 0.4), (0.05, 0.4), (0.2, 0.5), (0.1, 0.4)
 TRANSMIT_MEAN, TRANSMIT_SPREAD = (0.9, 1.05), (0.02, 0.1)  # of the flip angle's scale
 RECEIVE_SPREAD = (0.0, 0.15)  # of the logarithm of the receive coil's gain
 ATROPHY = 4.0  # fluid of a head over that of the maps, at most: intracranial share about 10 to 30 %
@@ -308,7 +308,7 @@ def _add_head(anatomy: _Anatomy, inside: Array, scenario: Scenario, rng: np.rand
     for name, shell in shells.items():
         anatomy.fractions[name] = (shell * outside).astype(np.float32)
     spots = (smooth_field(inside.shape, 8, 1.0, rng) > 1.0) & shells["muscle"]
-    _place(anatomy, "mucosa", _soften(spots), _uptake(anatomy, rng.uniform(0.1, 0.4), rng))
+    _place(anatomy, "mucosa", _soften(spots), _uptake(anatomy, rng.uniform(*MUCOSA_MM), rng))
     anatomy.concentration["muscle"] = np.full(inside.shape, rng.uniform(0.02, 0.06), np.float32)
 
 

@@ -16,12 +16,12 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models.condition import vector
 from models.preprocess import SCALE_QUANTILE
 from models.training.network import Response, dose_fraction
-from models.training.patches import DROP, GAPS
+from models.training.patches import with_gaps
 from models.training.phantom import (
     B1_RANGE,
     BLOOD_MM,
@@ -131,17 +131,18 @@ def learned(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         response = Response().to(device)
-    voxels, condition = (torch.from_numpy(part).to(device) for part in _drawn(seed, acquisitions, workers))
-    generator = torch.Generator().manual_seed(seed)
+    drawn, conditions = _drawn(seed, acquisitions, workers)
+    voxels = torch.from_numpy(drawn).to(device)
+    rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(response.parameters(), lr=RATE, weight_decay=1e-4)
     steps = max(1, PASSES * acquisitions // BATCH)
     ratios = []
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, (step + 1) / 100, 2 * (1 - step / steps))
-        drawn = torch.randint(acquisitions, (BATCH,), generator=generator).to(device)
-        header = _with_gaps(condition[drawn], generator) * float(told)
-        subtraction, pre, truth = voxels[drawn][..., None, None].split(1, dim=1)
+        which = rng.integers(acquisitions, size=BATCH)
+        header = torch.from_numpy(with_gaps(conditions[which], rng)).to(device) * float(told)
+        subtraction, pre, truth = voxels[which][..., None, None].split(1, dim=1)
         proportional = subtraction / dose_fraction(header)[:, None, None, None, None]
         weight = (truth > FAINT) * torch.rsqrt(1 + truth)
         error = (weight * (response(proportional, pre, header) - truth).abs()).sum()
@@ -151,14 +152,6 @@ def learned(
         optimizer.step()
         ratios.append((error / (weight * (proportional - truth).abs()).sum()).detach())
     return response, float(torch.stack(ratios[-100:]).mean())
-
-
-def _with_gaps(condition: Tensor, generator: torch.Generator) -> Tensor:
-    """The gaps of `Held.patch`."""
-    gone = torch.zeros(condition.shape, dtype=torch.bool)
-    for columns in GAPS:
-        gone[:, columns] |= torch.rand(len(condition), 1, generator=generator) < DROP
-    return condition.masked_fill(gone.to(condition.device), 0.0)
 
 
 def _drawn(seed: int, acquisitions: int, workers: int) -> tuple[Array, Array]:

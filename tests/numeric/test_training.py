@@ -31,7 +31,7 @@ from models.training.evaluate import JUDGED_DOSE, held_out, interval, score, usa
 from models.training.export import HALO, TOLERANCE, ParityError, export, load_network
 from models.training.network import CAP, FULL_RESOLUTION, RESPONSE, STRIDE, VARIANTS, ChannelNorm, Network
 from models.training.network import Block as NetworkBlock
-from models.training.patches import Held
+from models.training.patches import Held, draw_batch
 from models.training.response import learned
 from models.training.samples import (
     TEST_SEED,
@@ -671,9 +671,9 @@ def test_a_patch_is_a_turned_and_flipped_piece_of_its_block_with_the_spacing_of_
 def test_gaps_of_a_header_take_what_follows_from_it_with_them() -> None:
     sample = make_sample(3, shape=(40, 40, 40))
     assert sample is not None
-    held = Held(sample, torch.device("cpu"))
+    held = [Held(sample, torch.device("cpu"))]
     known = {name: NAMES.index(name) for name in NAMES if name.endswith("_known")}
-    drawn = np.stack([held.patch(8, np.random.default_rng(seed))[1] for seed in range(400)])
+    drawn = draw_batch(held, 400, 8, np.random.default_rng(0))[1].numpy()
     no_field, no_dose = drawn[:, known["field_known"]] == 0, drawn[:, known["dose_known"]] == 0
     no_class = drawn[:, [NAMES.index(name) for name in SEQUENCE_NAMES]].sum(axis=1) == 0
     for gap, follows in ((no_field, "agent_known"), (no_dose, "agent_known"), (no_class, "repetition_time_known")):
