@@ -17,7 +17,7 @@ from models.condition import CONTRACT_VERSION
 
 RESEARCH_USE = "research use, trained on simulated data, not a medical device"
 ZOO = Path(__file__).parent / "zoo"
-DEFAULT_MODEL = "small-11"
+DEFAULT_MODEL = "small-12"
 
 
 class ModelError(ValueError):

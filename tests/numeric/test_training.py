@@ -94,7 +94,9 @@ def test_the_weights_to_start_from_fit_the_network_and_tell_where_they_come_from
     others = "120 steps of seed 21, 400 steps of seed 9, 240 steps of seed 9"
     stages = (500, 300, 280, 500, 440, 200, 15100)
     earlier = (
-        "simulated, started from 900 steps on: simulated (192 studies of seed 24), weights averaged with those of 2 "
+        "simulated, started from 1600 steps on: simulated (192 studies of seed 24 and 430 of seed 26), weights "
+        "averaged with those of 1 more (the start of these steps), "
+        "started from 900 steps on: simulated (192 studies of seed 24), weights averaged with those of 2 "
         "more (the start of these steps, and 600 steps of seed 25 after them), started from 900 steps on, given the "
         "dose response of 60000 acquisitions of seed 1: simulated (293 studies of seed 19, 83 of which were drawn for "
         "being MPRAGE, by a flawed state of the simulator, and 97 of seed 17 that are not MPRAGE), weights "
