@@ -17,7 +17,7 @@ from models.condition import NAMES, SEQUENCE_NAMES, TIMING_NAMES
 from models.training.samples import SPACING, Block
 from models.volume import Array, Mask
 
-DROP = 0.12  # chance that a header value is unknown in training
+_DROP = 0.12  # chance that a header value is unknown in training
 _EFFECTIVE = ("log_effective_dose", "relaxivity", "agent_known")
 _REPETITION = ("log_repetition_time", "repetition_time_known")
 _INVERSION = ("log_inversion_time", "inversion_time_known")
@@ -84,8 +84,8 @@ def draw_batch(held: Sequence[Held], count: int, size: int, rng: np.random.Gener
 
 
 def with_gaps(conditions: Array, rng: np.random.Generator) -> Array:
-    """Conditions (n, len(NAMES)), each with what a header may lack become unknown at random."""
+    """Copies of conditions (n, len(NAMES)) in which what a header may lack is unknown at random."""
     gone = np.zeros(conditions.shape, bool)
     for columns in GAPS:
-        gone[:, columns] |= rng.uniform(size=(len(conditions), 1)) < DROP
+        gone[:, columns] |= rng.uniform(size=(len(conditions), 1)) < _DROP
     return np.where(gone, np.float32(0), conditions)

@@ -51,6 +51,7 @@ _MEASURED = 0.03, (0.45, 0.3, 0.2)  # noise, which a response is not told
 _ENHANCING = {"lesion": 0.35, "blood": 0.3, "pia": 0.15, "dura": 0.1, "mucosa": 0.1}
 _BESIDE = {"white": 0.4, "grey": 0.4, "csf": 0.4, "oedema": 0.08, "necrosis": 0.05}
 _BRAIN = {"white": 0.5, "grey": 0.5, "csf": 0.15}  # of which images are scaled
+# "mucosa" is that of the choroid plexus: the head's lies outside the brain.
 _UPTAKE_MM = {"blood": BLOOD_MM, "pia": PIA_MM, "dura": DURA_MM, "mucosa": CHOROID_MM}
 
 
@@ -133,7 +134,7 @@ def learned(
         response = Response().to(device)
     drawn, conditions = _drawn(seed, acquisitions, workers)
     voxels = torch.from_numpy(drawn).to(device)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng([seed, acquisitions])  # the voxels have those before
     optimizer = torch.optim.AdamW(response.parameters(), lr=RATE, weight_decay=1e-4)
     steps = max(1, PASSES * acquisitions // BATCH)
     ratios = []
