@@ -297,7 +297,7 @@ def _step(run: _Run, config: Config, held: list[Held]) -> Tensor:
         value = value + gate_loss(gate, *regions)
     run.optimizer.zero_grad(set_to_none=True)
     value.backward()
-    torch.nn.utils.clip_grad_norm_([one for group in run.optimizer.param_groups for one in group["params"]], 0.5)
+    torch.nn.utils.clip_grad_norm_(run.network.parameters(), 0.5)
     run.optimizer.step()
     run.step += 1
     decay = min(config.ema, run.step / (run.step + 20))
