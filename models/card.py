@@ -18,6 +18,7 @@ from models.condition import CONTRACT_VERSION
 RESEARCH_USE = "research use, trained on simulated data, not a medical device"
 ZOO = Path(__file__).parent / "zoo"
 DEFAULT_MODEL = "small-12"
+STARTED = ", started from "  # in the words on training data: what follows is the stage before
 
 
 class ModelError(ValueError):
@@ -60,6 +61,12 @@ class Card:
     def digest(self) -> str:
         """SHA-256 of card.toml."""
         return _digest(self.folder / "card.toml")
+
+    @property
+    def stages(self) -> list[str]:
+        """What it was trained on, the last stage first."""
+        last, *earlier = self.training_data.split(STARTED)
+        return [last, *(f"started from {stage}" for stage in earlier)]
 
     @property
     def networks(self) -> dict[str, tuple[Path, str]]:

@@ -16,6 +16,7 @@ import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
 
+from models.card import Card
 from models.runtime import LinearEngine, NetworkEngine
 from models.training import figures
 from models.training.ablation import ablations, condition_grid, embedding, variance_shares
@@ -103,6 +104,7 @@ Results = dict[float, dict[str, Found]]  # dose, then method
 class _Studied:
     """The same studies at every dose, and what every method makes of them."""
 
+    beside: tuple[Card, ...]  # of the networks it is compared with
     seeds: list[int]
     refused: int
     samples: dict[float, list[Sample]]
@@ -114,7 +116,7 @@ class _Studied:
     def tested(self) -> Tested:
         """For the card."""
         quiet = float(np.mean([sample.quiet.sum() / sample.brain.sum() for sample in self.samples[JUDGED_DOSE]]))
-        return Tested(len(self.seeds), self.refused, SIDE, quiet)
+        return Tested(len(self.seeds), self.refused, SIDE, quiet, self.beside)
 
     def tables(self, say: Say) -> dict[str, list[Row]]:
         """All methods, large lesions, derived series, kinds of studies, lesions of all kinds, FROC, and the seeds."""
@@ -133,8 +135,9 @@ class _Studied:
 def _study(
     engine: NetworkEngine, against: Sequence[Path], *, studies: int, first: int, say: Say, workers: int
 ) -> _Studied:
-    others = {other.name: network_method(other) for other in map(NetworkEngine, against)}
-    if len(others) < len(against) or {*others} & {*BASELINES, "network", engine.name}:
+    beside = [*map(NetworkEngine, against)]
+    others = {other.name: network_method(other) for other in beside}
+    if len(others) < len(beside) or {*others} & {*BASELINES, "network", engine.name}:
         raise ValueError("the models to compare need names of their own: two have one name, or that of a method")
     usable, refused = usable_studies(studies, SIDE, first=first, workers=workers)
     seeds = [*usable]
@@ -145,7 +148,8 @@ def _study(
     standard = {STANDARD: apply(whole, linear_method), ACQUIRED: apply(whole, copy_method)}
     signal = network_method(engine)
     plus = {dose: apply(samples[dose], lambda sample: signal(sample) + copy_method(sample)) for dose in FULL_DOSES}
-    return _Studied(seeds, refused, samples, _measure(engine, others, samples, say), standard, plus)
+    cards = tuple(other.card for other in beside)
+    return _Studied(cards, seeds, refused, samples, _measure(engine, others, samples, say), standard, plus)
 
 
 def write_card(

@@ -5,7 +5,7 @@ Hides what a card says of an evaluation. Must never say more of a network than i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from models.card import Card
@@ -21,6 +21,7 @@ class Tested:
     refused: int  # by the quality gate
     side: int  # voxels of a study's side
     quiet: float  # share of the brain in which false voxels are counted
+    beside: tuple[Card, ...] = ()  # networks it is compared with
 
 
 def render(card: Card, tables: Mapping[str, Sequence[Row]], tested: Tested) -> str:
@@ -30,13 +31,15 @@ def render(card: Card, tables: Mapping[str, Sequence[Row]], tested: Tested) -> s
         f"# {card.id}\n\n"
         f"**{card.intended_use}.**\n\n"
         f"Predicts the contrast signal of the standard dose from a pre-contrast and a low-dose T1 volume.\n\n"
-        f"| | |\n| --- | --- |\n| variant | {card.variant} |\n| training data | {card.training_data} |\n"
+        f"| | |\n| --- | --- |\n| variant | {card.variant} |\n"
         f"| training | preset {card.preset}, {card.steps} steps, seed {card.seed} |\n"
         f"| operating point | gate offset {card.gate_offset:g}{below} |\n"
         f"| ONNX opset | {card.opset} |\n| contract | {card.contract} |\n"
         f"| SHA-256 of model.onnx | `{card.sha256}` |\n\n"
     )
-    limits = "## What it cannot do\n\n" + "".join(f"- {limit}\n" for limit in card.limits)
+    limits = f"## What it cannot do\n\n{_bullets(card.limits)}"
+    data = f"## What it was trained on, the last stage first\n\n{_bullets(card.stages)}"
+    beside = f"\nNetworks it is compared with:\n\n{_bullets(map(_compared, tested.beside))}" if tested.beside else ""
     parts = [
         f"\n## {title}\n\n{_words(text)}\n\n{_table(tables[name])}"
         for name, (title, text) in _TEXTS.items()
@@ -45,7 +48,17 @@ def render(card: Card, tables: Mapping[str, Sequence[Row]], tested: Tested) -> s
     preface = _words(_PREFACE).format(
         studies=tested.studies, refused=tested.refused, side=tested.side, quiet=tested.quiet
     )
-    return f"{head}{limits}\n## Evaluation\n\n{preface}\n{''.join(parts)}"
+    return f"{head}{limits}\n{data}\n## Evaluation\n\n{preface}\n{beside}{''.join(parts)}"
+
+
+def _compared(card: Card) -> str:
+    """What sets a network apart: its last stage and its operating point."""
+    training = f"preset {card.preset}, {card.steps} steps, seed {card.seed}, gate offset {card.gate_offset:g}"
+    return f"`{card.id}`: {card.stages[0]}; {training}"
+
+
+def _bullets(items: Iterable[str]) -> str:
+    return "".join(f"- {item}\n" for item in items)
 
 
 def _words(text: str) -> str:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from models.card import STARTED
 from models.training.network import FULL_RESOLUTION, RESPONSE, STRIDE, VARIANTS, Network
 from models.training.patches import Held, draw_batch
 from models.training.response import learned
@@ -214,7 +215,7 @@ def _stated(config: Config, source: SiteData | None, start: Path | None) -> Conf
             raise ValueError(f"{start} holds the variant {earlier['variant']}, this run is of {config.variant}")
         if config.conditioned and not earlier.get("conditioned", True):
             raise ValueError(f"{start} was told nothing of the acquisition, this run is: only the reverse is possible")
-        data = f"{data}, started from {saved['step']} steps on: {earlier.get('data', 'simulated')}"
+        data = f"{data}{STARTED}{saved['step']} steps on: {earlier.get('data', 'simulated')}"
         digest = hashlib.sha256(start.read_bytes()).hexdigest()
     return replace(config, data=data, start=digest)
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from scipy import ndimage
 
 from lowgad import main
-from models.card import DEFAULT_MODEL, ZOO
+from models.card import DEFAULT_MODEL, ZOO, read_card
 from models.condition import NAMES, SEQUENCE_NAMES, TIMING_NAMES
 from models.runtime import NetworkEngine
 from models.training.ablation import ablations
@@ -37,7 +37,7 @@ from models.training.evaluate import (
 )
 from models.training.samples import TEST_SEED, VALIDATION_SEED, Sample, quiet_brain
 from tests.numeric.phantoms import as_volume, head, prepared_head
-from worker import evaluation
+from worker import evaluation, evaluation_card
 from worker.evaluation import real_rows, write_card, write_validation
 from worker.pipeline import Result
 
@@ -110,6 +110,15 @@ def test_rescans_without_contrast_are_said_to_be_of_a_third_and_of_a_tenth(evalu
     }
 
 
+def test_a_card_tells_what_sets_apart_the_networks_it_is_compared_with() -> None:
+    card = read_card(ZOO / DEFAULT_MODEL)
+    told = "simulated, nothing of the acquisition told"
+    other = replace(card, id="untold", training_data=f"{told}, started from 7 steps on: simulated", gate_offset=2.5)
+    said = evaluation_card.render(card, {}, evaluation_card.Tested(2, 0, 40, 0.5, beside=(other,)))
+    preset = f"preset {card.preset}, {card.steps} steps, seed {card.seed}, gate offset 2.5"
+    assert f"compared with:\n\n- `untold`: {told}; {preset}\n" in said
+
+
 def test_an_evaluation_keeps_its_seeds(evaluated: Path) -> None:
     seeds = [int(row["seed"]) for row in rows(evaluated, "seeds")]
     assert len(seeds) == STUDIES
@@ -121,6 +130,7 @@ def test_a_card_says_what_the_model_cannot_do_and_shows_every_table(evaluated: P
     titles = [line[3:] for line in card.splitlines() if line.startswith("## ")]
     assert titles == [
         "What it cannot do",
+        "What it was trained on, the last stage first",
         "Evaluation",
         "Methods",
         "Lesions of 5 mm and more, against the standard dose",

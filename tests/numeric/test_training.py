@@ -487,6 +487,7 @@ def test_the_card_says_what_the_checkpoint_was_trained_on(
     export(checkpoint, tmp_path, model_id="test")
     card = read_card(tmp_path)
     assert card.training_data.startswith(starts)
+    assert len(card.stages) == 1 + ("started" in (data or ""))
     assert ("ICBM" in card.training_data) is ("simulated" in (data or "simulated"))
     assert any(holds in limit for limit in card.limits)
     assert ("a site's own" in card.intended_use) is ("site" in (data or ""))
