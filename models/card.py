@@ -18,7 +18,7 @@ from models.condition import CONTRACT_VERSION
 RESEARCH_USE = "research use, trained on simulated data, not a medical device"
 ZOO = Path(__file__).parent / "zoo"
 DEFAULT_MODEL = "small-12"
-STARTED = ", started from "  # in the words on training data: what follows is the stage before
+STARTED = ", started from "  # in `training_data`, between a stage and the one before it
 
 
 class ModelError(ValueError):
@@ -64,9 +64,8 @@ class Card:
 
     @property
     def stages(self) -> list[str]:
-        """What it was trained on, the last stage first."""
-        last, *earlier = self.training_data.split(STARTED)
-        return [last, *(f"started from {stage}" for stage in earlier)]
+        """What it was trained on, each stage started from the next."""
+        return self.training_data.split(STARTED)
 
     @property
     def networks(self) -> dict[str, tuple[Path, str]]:

@@ -135,9 +135,9 @@ class _Studied:
 def _study(
     engine: NetworkEngine, against: Sequence[Path], *, studies: int, first: int, say: Say, workers: int
 ) -> _Studied:
-    beside = [*map(NetworkEngine, against)]
-    others = {other.name: network_method(other) for other in beside}
-    if len(others) < len(beside) or {*others} & {*BASELINES, "network", engine.name}:
+    engines = [*map(NetworkEngine, against)]
+    others = {other.name: network_method(other) for other in engines}
+    if len(others) < len(engines) or {*others} & {*BASELINES, "network", engine.name}:
         raise ValueError("the models to compare need names of their own: two have one name, or that of a method")
     usable, refused = usable_studies(studies, SIDE, first=first, workers=workers)
     seeds = [*usable]
@@ -148,8 +148,8 @@ def _study(
     standard = {STANDARD: apply(whole, linear_method), ACQUIRED: apply(whole, copy_method)}
     signal = network_method(engine)
     plus = {dose: apply(samples[dose], lambda sample: signal(sample) + copy_method(sample)) for dose in FULL_DOSES}
-    cards = tuple(other.card for other in beside)
-    return _Studied(cards, seeds, refused, samples, _measure(engine, others, samples, say), standard, plus)
+    beside = tuple(other.card for other in engines)
+    return _Studied(beside, seeds, refused, samples, _measure(engine, others, samples, say), standard, plus)
 
 
 def write_card(

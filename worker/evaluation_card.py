@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from models.card import Card
+from models.card import STARTED, Card
 
 Row = dict[str, str]
 
@@ -21,24 +21,23 @@ class Tested:
     refused: int  # by the quality gate
     side: int  # voxels of a study's side
     quiet: float  # share of the brain in which false voxels are counted
-    beside: tuple[Card, ...] = ()  # networks it is compared with
+    beside: tuple[Card, ...]  # networks it is compared with
 
 
 def render(card: Card, tables: Mapping[str, Sequence[Row]], tested: Tested) -> str:
     """CARD.md; tables by name, of which those without words of their own are left out."""
-    below = f", below {card.gate_strict_from:.0%} of the standard dose in proportion" if card.gate_strict_from else ""
     head = (
         f"# {card.id}\n\n"
         f"**{card.intended_use}.**\n\n"
         f"Predicts the contrast signal of the standard dose from a pre-contrast and a low-dose T1 volume.\n\n"
         f"| | |\n| --- | --- |\n| variant | {card.variant} |\n"
         f"| training | preset {card.preset}, {card.steps} steps, seed {card.seed} |\n"
-        f"| operating point | gate offset {card.gate_offset:g}{below} |\n"
+        f"| operating point | {_operating_point(card)} |\n"
         f"| ONNX opset | {card.opset} |\n| contract | {card.contract} |\n"
         f"| SHA-256 of model.onnx | `{card.sha256}` |\n\n"
     )
     limits = f"## What it cannot do\n\n{_bullets(card.limits)}"
-    data = f"## What it was trained on, the last stage first\n\n{_bullets(card.stages)}"
+    data = f"## What it was trained on, each stage started from the next\n\n{_bullets(card.stages)}"
     beside = f"\nNetworks it is compared with:\n\n{_bullets(map(_compared, tested.beside))}" if tested.beside else ""
     parts = [
         f"\n## {title}\n\n{_words(text)}\n\n{_table(tables[name])}"
@@ -52,9 +51,15 @@ def render(card: Card, tables: Mapping[str, Sequence[Row]], tested: Tested) -> s
 
 
 def _compared(card: Card) -> str:
-    """What sets a network apart: its last stage and its operating point."""
-    training = f"preset {card.preset}, {card.steps} steps, seed {card.seed}, gate offset {card.gate_offset:g}"
-    return f"`{card.id}`: {card.stages[0]}; {training}"
+    """What sets a network apart: what it started from and went on with, and its operating point."""
+    training = f"preset {card.preset}, {card.steps} steps, seed {card.seed}"
+    data = STARTED.join(card.stages[:2])
+    return f"`{card.id}`: variant {card.variant}; {training}; {_operating_point(card)}; {data}"
+
+
+def _operating_point(card: Card) -> str:
+    below = f", below {card.gate_strict_from:.0%} of the standard dose in proportion" if card.gate_strict_from else ""
+    return f"gate offset {card.gate_offset:g}{below}"
 
 
 def _bullets(items: Iterable[str]) -> str:
@@ -117,9 +122,10 @@ _TEXTS = {  # of a table: its title, and what it is
         """
         What the two derived series show, and what was acquired; lesions of 5 mm and more. SD is the pre-contrast image
         plus the predicted signal. SD+ is the low-dose image (here with its motion corrected, in a result as it was
-        acquired) plus the same signal: it shows a lesion more strongly than the standard dose would, by what the low
-        dose shows itself. Each carries the noise of the image it is added to. `recovery` is over the true signal of the
-        standard dose, and above 1 in SD+ for that reason. Of SD+ there is no truth: none of these scans looks like it.
+        acquired) plus the same signal: by what the low dose shows itself it shows a lesion more strongly than SD, and
+        more than the standard dose would where the signal misses less than that. Each carries the noise of the image it
+        is added to. `recovery` is over the true signal of the standard dose. Of SD+ there is no truth: none of these
+        scans looks like it.
         """,
     ),
     "kinds": (
@@ -138,9 +144,10 @@ _TEXTS = {  # of a table: its title, and what it is
         with a mean truth below 0.02, are not counted. `ideal_observer`: share that a matched filter, told shape and
         place, finds (d' of 5.5) were noise white and enhancement in proportion to dose: an estimate, no bound. The true
         standard dose is the same study scanned with it, smoothed and gated as in the linear engine; as acquired it is
-        neither, and noise alone exceeds 0.1 in many of its voxels. `error_over_linear`: mean absolute error inside the
-        lesions. `cnr`, `lbr` and `cep_percent` are of the pre-contrast image plus the signal: CNR and LBR against quiet
-        brain about as bright as white matter, CNR over the noise of the image; CEP of means over lesions.
+        neither, and noise alone exceeds 0.1 in many of its voxels. `error_over_linear`: ratio of the mean absolute
+        errors inside the lesions. `cnr`, `lbr` and `cep_percent` are of the pre-contrast image plus the signal: CNR and
+        LBR against quiet brain about as bright as white matter, CNR over the noise of the image; CEP of means over
+        lesions.
         """,
     ),
     "enhancement": (

@@ -207,7 +207,7 @@ def _stated(config: Config, source: SiteData | None, start: Path | None) -> Conf
     if config.target != "truth":
         data += f", target: the standard dose as acquired{', masked' if config.target == 'masked' else ''}"
     if not config.conditioned:
-        data += ", nothing of the acquisition told"
+        data += ", nothing of the acquisition told, nor to the dose response"
     if start:
         saved = torch.load(start, map_location="cpu", weights_only=True)
         earlier = saved["config"]
@@ -245,16 +245,18 @@ def _start(
         average.take(saved["average"])
         run.optimizer.load_state_dict(saved["optimizer"])
         run.step = saved["step"]
-    elif start:
-        weights = torch.load(start, map_location=device, weights_only=True)["average"]
-        network.take(weights)
-        average.take(weights)
     else:
-        response, ratio = learned(
-            config.seed, config.acquisitions, told=config.conditioned, workers=workers, device=device
-        )
-        report(f"dose response: {ratio:.2f} of the error of proportion")
-        network.response.load_state_dict(response.state_dict())
+        answered = False  # whether there is a dose response for what this run is told
+        if start:
+            saved = torch.load(start, map_location=device, weights_only=True)
+            network.take(saved["average"])
+            answered = config.conditioned == saved["config"].get("conditioned", True)
+        if not answered:
+            response, ratio = learned(
+                config.seed, config.acquisitions, told=config.conditioned, workers=workers, device=device
+            )
+            report(f"dose response: {ratio:.2f} of the error of proportion")
+            network.response.load_state_dict(response.state_dict())
         average.load_state_dict(network.state_dict())
     network.response.requires_grad_(False)  # studies show too few acquisitions to learn it from (ADR 21)
     return run

@@ -112,11 +112,13 @@ def test_rescans_without_contrast_are_said_to_be_of_a_third_and_of_a_tenth(evalu
 
 def test_a_card_tells_what_sets_apart_the_networks_it_is_compared_with() -> None:
     card = read_card(ZOO / DEFAULT_MODEL)
-    told = "simulated, nothing of the acquisition told"
-    other = replace(card, id="untold", training_data=f"{told}, started from 7 steps on: simulated", gate_offset=2.5)
+    card = replace(card, training_data="simulated, started from 7 steps on: site, started from 5 steps on: simulated")
+    other = replace(card, id="other", seed=5, gate_offset=2.5, gate_strict_from=0)
     said = evaluation_card.render(card, {}, evaluation_card.Tested(2, 0, 40, 0.5, beside=(other,)))
-    preset = f"preset {card.preset}, {card.steps} steps, seed {card.seed}, gate offset 2.5"
-    assert f"compared with:\n\n- `untold`: {told}; {preset}\n" in said
+    assert "- simulated\n- 7 steps on: site\n- 5 steps on: simulated\n" in said
+    training = f"preset {card.preset}, {card.steps} steps, seed 5; gate offset 2.5"
+    data = "simulated, started from 7 steps on: site"
+    assert f"compared with:\n\n- `other`: variant small; {training}; {data}\n" in said
 
 
 def test_an_evaluation_keeps_its_seeds(evaluated: Path) -> None:
@@ -130,7 +132,7 @@ def test_a_card_says_what_the_model_cannot_do_and_shows_every_table(evaluated: P
     titles = [line[3:] for line in card.splitlines() if line.startswith("## ")]
     assert titles == [
         "What it cannot do",
-        "What it was trained on, the last stage first",
+        "What it was trained on, each stage started from the next",
         "Evaluation",
         "Methods",
         "Lesions of 5 mm and more, against the standard dose",

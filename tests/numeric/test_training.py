@@ -299,10 +299,23 @@ def test_a_run_without_conditions_says_so_and_starts_no_run_with_them(tmp_path: 
     assert done.exit_code == 0, done.output
     network, config = load_network(tmp_path / "blind" / "checkpoint.pt")
     assert not network.conditioned
-    assert config["data"] == "simulated, nothing of the acquisition told"
+    assert config["data"] == "simulated, nothing of the acquisition told, nor to the dose response"
     assert config["preset"] == "smoke"
     with pytest.raises(ValueError, match="only the reverse"):
         train(TINY, tmp_path / "told", report=lambda _: None, start=tmp_path / "blind" / "checkpoint.pt")
+
+
+@pytest.mark.usefixtures("small_heads")
+def test_a_run_without_conditions_learns_its_own_dose_response_and_keeps_it(tmp_path: Path) -> None:
+    told = random_checkpoint(tmp_path / "told.pt")
+    blind = replace(TINY, steps=1, conditioned=False)
+    train(blind, tmp_path / "blind", report=lambda _: None, start=told)
+    train(replace(blind, seed=2), tmp_path / "next", report=lambda _: None, start=tmp_path / "blind" / "checkpoint.pt")
+    own, _ = learned(blind.seed, blind.acquisitions, told=False)
+    for name in ("blind", "next"):
+        network, _ = load_network(tmp_path / name / "checkpoint.pt")
+        for weights, expected in zip(network.response.parameters(), own.parameters(), strict=True):
+            assert torch.equal(weights, expected)
 
 
 def test_the_embedding_of_a_network_without_conditions_tells_nothing_apart(tmp_path: Path) -> None:
