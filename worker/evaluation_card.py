@@ -54,6 +54,8 @@ def _compared(card: Card) -> str:
     """What sets a network apart: what it started from and went on with, and its operating point."""
     training = f"preset {card.preset}, {card.steps} steps, seed {card.seed}"
     data = STARTED.join(card.stages[:2])
+    if more := card.stages[2:]:
+        data += f" (and {len(more)} stages before)"
     return f"`{card.id}`: variant {card.variant}; {training}; {_operating_point(card)}; {data}"
 
 

@@ -247,7 +247,7 @@ def _card(model_id: str, config: dict[str, object], written: dict[str, _Written]
         "steps": config["steps"],
         "seed": config["seed"],
         "gate_offset": gate_offset,
-        "gate_strict_from": STRICT_FROM,
+        "gate_strict_from": STRICT_FROM if config.get("conditioned", True) else 0.0,  # else it knows no dose
         "halo_voxels": HALO[str(config["variant"])],
         "stride": STRIDE,
         "limits": [*LIMITS, UNPROVEN_SITE if own else UNPROVEN],

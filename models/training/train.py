@@ -32,6 +32,7 @@ from models.training.site import SiteData, cut, padded, simulated_block
 
 FALSE_FIRST, FALSE_WEIGHT = 10.0, 40.0  # weight of false enhancement: at first and in full
 COARSE_WEIGHT = 0.5  # of what the coarse levels say
+RESPONSE_SEED = 1  # of the voxels whose dose response a run learns: the same for all runs, which can so be averaged
 LAST_SEED = 400  # a seed has a million phantoms from TRAIN_SEED times itself on, all before TEST_SEED
 VALIDATION_SIDE = 96  # voxels of the blocks in which a site's held-out study is judged
 TARGETS: dict[str, Callable[[int], Block | None]] = {  # what the truth of a simulated study is
@@ -57,7 +58,7 @@ class Config:
     warm_up: int = 200  # steps over which the rate rises
     loss_offset: float = 0.0  # gate offset for `loss` and `validate`, and for export unless another is chosen
     false_full_at: int = 3000  # steps over which the weight of false enhancement rises; in full at once if 0
-    acquisitions: int = 60_000  # of whose voxels the dose response is learned, unless a run starts from another
+    acquisitions: int = 60_000  # of whose voxels the dose response is learned, unless the start of a run has it
     fill: int = 16  # blocks simulated before the first step
     keep: int = 200  # simulated blocks held at a time
     refresh: int = 24  # steps between two new blocks
@@ -200,16 +201,16 @@ def check(config: Config, *, site: bool) -> None:
 def _stated(config: Config, source: SiteData | None, start: Path | None) -> Config:
     """The configuration with what the network learned from, first to last."""
     data, digest = source.summary if source else "simulated", ""
-    if source and not start:
-        data += ", dose response by the signal equations"
     if not config.full_share:
         data += ", coarse levels alone"
     if config.target != "truth":
         data += f", target: the standard dose as acquired{', masked' if config.target == 'masked' else ''}"
     if not config.conditioned:
-        data += ", nothing of the acquisition told, nor to the dose response"
-    if start:
-        saved = torch.load(start, map_location="cpu", weights_only=True)
+        data += ", nothing of the acquisition told"
+    saved = torch.load(start, map_location="cpu", weights_only=True) if start else None
+    if (source or saved) and not _answered(config, saved):  # what "simulated" stands for tells it by itself
+        data += ", given a dose response by the signal equations"
+    if start and saved:
         earlier = saved["config"]
         if earlier["variant"] != config.variant:
             raise ValueError(f"{start} holds the variant {earlier['variant']}, this run is of {config.variant}")
@@ -218,6 +219,11 @@ def _stated(config: Config, source: SiteData | None, start: Path | None) -> Conf
         data = f"{data}{STARTED}{saved['step']} steps on: {earlier.get('data', 'simulated')}"
         digest = hashlib.sha256(start.read_bytes()).hexdigest()
     return replace(config, data=data, start=digest)
+
+
+def _answered(config: Config, start: dict[str, Any] | None) -> bool:
+    """Whether the checkpoint that a run starts from has a dose response for what this run is told."""
+    return start is not None and config.conditioned == start["config"].get("conditioned", True)
 
 
 def _start(
@@ -246,14 +252,12 @@ def _start(
         run.optimizer.load_state_dict(saved["optimizer"])
         run.step = saved["step"]
     else:
-        answered = False  # whether there is a dose response for what this run is told
-        if start:
-            saved = torch.load(start, map_location=device, weights_only=True)
+        saved = torch.load(start, map_location=device, weights_only=True) if start else None
+        if saved:
             network.take(saved["average"])
-            answered = config.conditioned == saved["config"].get("conditioned", True)
-        if not answered:
+        if not _answered(config, saved):
             response, ratio = learned(
-                config.seed, config.acquisitions, told=config.conditioned, workers=workers, device=device
+                RESPONSE_SEED, config.acquisitions, told=config.conditioned, workers=workers, device=device
             )
             report(f"dose response: {ratio:.2f} of the error of proportion")
             network.response.load_state_dict(response.state_dict())

@@ -110,15 +110,17 @@ def test_rescans_without_contrast_are_said_to_be_of_a_third_and_of_a_tenth(evalu
     }
 
 
-def test_a_card_tells_what_sets_apart_the_networks_it_is_compared_with() -> None:
+def test_a_card_tells_every_stage_of_its_training_and_of_networks_beside_it_what_sets_them_apart() -> None:
     card = read_card(ZOO / DEFAULT_MODEL)
     card = replace(card, training_data="simulated, started from 7 steps on: site, started from 5 steps on: simulated")
-    other = replace(card, id="other", seed=5, gate_offset=2.5, gate_strict_from=0)
-    said = evaluation_card.render(card, {}, evaluation_card.Tested(2, 0, 40, 0.5, beside=(other,)))
+    untold = replace(card, id="untold", seed=5, gate_offset=2.5, gate_strict_from=0)
+    loose = replace(untold, id="loose", gate_strict_from=0.33)
+    said = evaluation_card.render(card, {}, evaluation_card.Tested(2, 0, 40, 0.5, beside=(untold, loose)))
     assert "- simulated\n- 7 steps on: site\n- 5 steps on: simulated\n" in said
-    training = f"preset {card.preset}, {card.steps} steps, seed 5; gate offset 2.5"
-    data = "simulated, started from 7 steps on: site"
-    assert f"compared with:\n\n- `other`: variant small; {training}; {data}\n" in said
+    training = f"variant small; preset {card.preset}, {card.steps} steps, seed 5; gate offset 2.5"
+    data = "simulated, started from 7 steps on: site (and 1 stages before)"
+    below = ", below 33% of the standard dose in proportion"
+    assert f"\n- `untold`: {training}; {data}\n- `loose`: {training}{below}; {data}\n" in said
 
 
 def test_an_evaluation_keeps_its_seeds(evaluated: Path) -> None:

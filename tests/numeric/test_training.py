@@ -46,6 +46,7 @@ from models.training.train import (
     FALSE_WEIGHT,
     LAST_SEED,
     PRESETS,
+    RESPONSE_SEED,
     Config,
     _start,
     _step,
@@ -117,7 +118,7 @@ def test_the_weights_to_start_from_fit_the_network_and_tell_where_they_come_from
 
 @pytest.mark.usefixtures("small_heads")
 def test_a_run_learns_its_dose_response_first_and_studies_leave_it_as_it_is(tmp_path: Path) -> None:
-    response, _ = learned(TINY.seed, TINY.acquisitions)
+    response, _ = learned(RESPONSE_SEED, TINY.acquisitions)
     train(replace(TINY, steps=1), tmp_path / "run", report=lambda _: None)
     train(TINY, tmp_path / "run", report=lambda _: None)  # goes on
     checkpoint = tmp_path / "run" / "checkpoint.pt"
@@ -299,7 +300,7 @@ def test_a_run_without_conditions_says_so_and_starts_no_run_with_them(tmp_path: 
     assert done.exit_code == 0, done.output
     network, config = load_network(tmp_path / "blind" / "checkpoint.pt")
     assert not network.conditioned
-    assert config["data"] == "simulated, nothing of the acquisition told, nor to the dose response"
+    assert config["data"] == "simulated, nothing of the acquisition told"
     assert config["preset"] == "smoke"
     with pytest.raises(ValueError, match="only the reverse"):
         train(TINY, tmp_path / "told", report=lambda _: None, start=tmp_path / "blind" / "checkpoint.pt")
@@ -308,14 +309,20 @@ def test_a_run_without_conditions_says_so_and_starts_no_run_with_them(tmp_path: 
 @pytest.mark.usefixtures("small_heads")
 def test_a_run_without_conditions_learns_its_own_dose_response_and_keeps_it(tmp_path: Path) -> None:
     told = random_checkpoint(tmp_path / "told.pt")
-    blind = replace(TINY, steps=1, conditioned=False)
-    train(blind, tmp_path / "blind", report=lambda _: None, start=told)
-    train(replace(blind, seed=2), tmp_path / "next", report=lambda _: None, start=tmp_path / "blind" / "checkpoint.pt")
-    own, _ = learned(blind.seed, blind.acquisitions, told=False)
-    for name in ("blind", "next"):
-        network, _ = load_network(tmp_path / name / "checkpoint.pt")
+    blind = replace(TINY, conditioned=False)
+    train(replace(blind, steps=1), tmp_path / "blind", report=lambda _: None, start=told)
+    train(blind, tmp_path / "blind", report=lambda _: None, start=told)  # goes on
+    checkpoints = [tmp_path / name / "checkpoint.pt" for name in ("blind", "next", "other")]
+    train(blind, tmp_path / "next", report=lambda _: None, start=checkpoints[0])
+    train(replace(blind, seed=2), tmp_path / "other", report=lambda _: None, start=told)
+    average(checkpoints, tmp_path / "mean.pt")
+    own, _ = learned(RESPONSE_SEED, blind.acquisitions, told=False)
+    for checkpoint in (*checkpoints, tmp_path / "mean.pt"):
+        network, config = load_network(checkpoint)
         for weights, expected in zip(network.response.parameters(), own.parameters(), strict=True):
-            assert torch.equal(weights, expected)
+            assert torch.allclose(weights, expected, atol=1e-6)
+        last = config["data"].partition(", started from")[0]
+        assert ("given a dose response" in last) is (checkpoint.parent.name != "next")
 
 
 def test_the_embedding_of_a_network_without_conditions_tells_nothing_apart(tmp_path: Path) -> None:
