@@ -414,19 +414,22 @@ def test_a_network_that_differs_from_torch_gets_no_card(tmp_path: Path, spread: 
         read_card(tmp_path)
 
 
-def test_the_operating_point_is_in_the_graph_and_takes_from_the_gate_what_the_card_says(tmp_path: Path) -> None:
-    checkpoint = random_checkpoint(tmp_path / "checkpoint.pt")
+@pytest.mark.parametrize(("conditioned", "strict_from", "half"), [(True, 0.33, 1), (False, 0.0, 2)])
+def test_the_operating_point_is_in_the_graph_and_takes_from_the_gate_what_the_card_says(
+    tmp_path: Path, conditioned: bool, strict_from: float, half: int
+) -> None:
+    checkpoint = random_checkpoint(tmp_path / "checkpoint.pt", conditioned=conditioned)
     images = np.random.default_rng(0).normal(0.1, 0.1, (3, 16, 16, 16)).astype(np.float32)
     signals = {}
     for offset in (0.0, 12.0, 14.0):
         export(checkpoint, tmp_path / f"{offset}", model_id="test", gate_offset=offset)
         card, engine = read_card(tmp_path / f"{offset}"), NetworkEngine(tmp_path / f"{offset}")
-        assert (card.gate_offset, card.gate_strict_from) == (offset, 0.33)
+        assert (card.gate_offset, card.gate_strict_from) == (offset, strict_from)
         for dose in (0.165, 0.33):
             condition = np.zeros(len(NAMES), np.float32)
             condition[[NAMES.index("log_dose_fraction"), NAMES.index("dose_known")]] = np.log(dose), 1
             signals[offset, dose] = float(engine.run(images, condition).sum())
-    for dose, taken in ((0.165, 1), (0.33, 2)):  # a shut gate is the exponential of its logit
+    for dose, taken in ((0.165, half), (0.33, 2)):  # a shut gate is the exponential of its logit
         assert signals[0, dose] > signals[12, dose] > signals[14, dose] > 0
         assert signals[12, dose] / signals[14, dose] == pytest.approx(np.exp(taken), rel=0.05)
 
