@@ -190,15 +190,24 @@ def lowgad_train(*arguments: object) -> Result:
     return CliRunner().invoke(lowgad.main, ["train", "--preset", "smoke", *map(str, arguments)])
 
 
-def test_triplets_fine_tune_a_checkpoint_and_the_run_says_on_what(site: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ([], ""),
+        (["--unconditioned"], ", nothing of the acquisition told, given a dose response by the signal equations"),
+    ],
+)
+def test_triplets_fine_tune_a_checkpoint_and_the_run_says_on_what(
+    site: Path, tmp_path: Path, told: list[str], said: str
+) -> None:
     start, smoke = tmp_path / "start.pt", PRESETS["smoke"]
     torch.save({"config": asdict(smoke), "step": 6, "average": Network(VARIANTS[smoke.variant]).state_dict()}, start)
-    result = lowgad_train("--steps", 2, "--data", site, "--start", start, "--out", tmp_path / "run")
+    result = lowgad_train("--steps", 2, "--data", site, "--start", start, "--out", tmp_path / "run", *told)
     assert result.exit_code == 0, result.output
     assert "study-1: used" in result.output
     assert "incomplete: refused, ONE_SERIES_ONLY: no subfolder standard" in result.output
     assert "swapped: refused, STANDARD_DOSE" in result.output
-    data = "site: 1 study, started from 6 steps on: simulated"
+    data = f"site: 1 study{said}, started from 6 steps on: simulated"
     assert json.loads((tmp_path / "run" / "config.json").read_text())["data"] == data
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["config"]["data"] == data
 
