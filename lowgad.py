@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from models.runtime import Engine
-    from models.training.samples import Block
+    from models.simulation.samples import Block
     from service.core.job import Stage
     from service.core.ledger import Ledger
     from service.core.settings import Settings
-    from worker.results import Outputs
+    from worker.compose.results import Outputs
 
 STUDY = click.Path(exists=True, file_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -77,12 +77,12 @@ def up(data_dir: Path | None) -> None:
 @supervised_option
 def listen(*, supervised: bool) -> None:
     """Receive DICOM and start jobs."""
-    from service.commitment import Commitment
     from service.core import telemetry
     from service.core.queue import make_celery
     from service.core.spool import Spool
+    from service.dicom.commitment import Commitment
+    from service.dicom.listener import Listener
     from service.intake import Intake
-    from service.listener import Listener
     from service.supervisor import report_ready
 
     telemetry.configure()
@@ -112,11 +112,11 @@ def api(*, supervised: bool) -> None:
 
     import uvicorn
 
-    from service.api import create_app
     from service.core import telemetry
     from service.core.queue import make_celery
     from service.core.spool import Spool
     from service.supervisor import report_ready
+    from service.web.api import create_app
 
     telemetry.configure()
     settings = _settings(os.environ)
@@ -192,10 +192,10 @@ def doctor() -> None:
 def run(study: Path, out: Path, engine: str | None, pre_series_uid: str | None, low_series_uid: str | None) -> None:
     """Process the DICOM files of one STUDY folder without any server."""
     from service.core.job import JobOptions
-    from worker.montage import write_montage
+    from worker.lab.montage import write_montage
     from worker.pipeline import run as run_pipeline
     from worker.pipeline import write_result
-    from worker.study import find_files
+    from worker.read.study import find_files
 
     settings = _settings(os.environ)
     options = JobOptions(engine or settings.engine, pre_series_uid, low_series_uid)
@@ -217,9 +217,9 @@ def run(study: Path, out: Path, engine: str | None, pre_series_uid: str | None, 
 def explain(study: Path, pre_series_uid: str | None, low_series_uid: str | None) -> None:
     """Say which series of a STUDY folder would be used and why, and every acquisition value; process nothing."""
     from service.core.job import JobOptions
-    from worker.explain import explain as lines_of
-    from worker.explain import reason_in_words
-    from worker.study import find_files
+    from worker.choose.explain import explain as lines_of
+    from worker.choose.explain import reason_in_words
+    from worker.read.study import find_files
 
     settings = _settings(os.environ)
     options = JobOptions(settings.engine, pre_series_uid, low_series_uid)
@@ -245,8 +245,8 @@ def simulate(out: Path, seed: int, spacing_mm: float, stripped: bool, standard: 
     """Write a DICOM study of a digital phantom into OUT, with its truth."""
     import numpy as np
 
-    from models.training.phantom import draw_scenario, make_phantom, with_choices
-    from worker.phantom_study import write_phantom_study
+    from models.simulation.phantom import draw_scenario, make_phantom, with_choices
+    from worker.lab.phantom_study import write_phantom_study
 
     drawn = draw_scenario(np.random.default_rng(seed))
     scenario = with_choices(drawn, spacing_mm=(spacing_mm,) * 3, stripped=stripped, **chosen)
@@ -260,7 +260,7 @@ def simulate(out: Path, seed: int, spacing_mm: float, stripped: bool, standard: 
 @click.option("--out", type=FOLDER, default="demo-out", show_default=True, help="Folder for everything it makes")
 def demo(out: Path) -> None:
     """See the main job: a simulated study in by C-STORE, derived series out, and a picture."""
-    from worker.demo import DemoError, demonstrate
+    from worker.lab.demo import DemoError, demonstrate
 
     try:
         demonstrate(out, os.environ, click.echo)
@@ -380,7 +380,7 @@ def evaluate(
     workers: int,
 ) -> None:
     """Compare the model in FOLDER with the linear engine and others; write FOLDER/CARD.md and FOLDER/evaluation."""
-    from worker.evaluation import write_card, write_validation
+    from worker.lab.evaluation import write_card, write_validation
 
     if (real is None) != (truth is None):
         raise click.UsageError("--real and --truth belong together")
@@ -397,7 +397,7 @@ def evaluate(
 
 
 def _triplets(folder: Path) -> dict[str, list[Block]]:
-    from worker.triplets import read_triplets
+    from worker.lab.triplets import read_triplets
 
     return read_triplets(folder, click.echo, _settings(os.environ).protocols).patients
 
@@ -437,7 +437,7 @@ def _engine(settings: Settings, name: str) -> Engine:
 
 def _outputs(settings: Settings) -> Outputs:
     """What the site wants of each job."""
-    from worker.results import Outputs
+    from worker.compose.results import Outputs
 
     return Outputs(settings.results, settings.watermark, settings.dose_factor, settings.segmentation_threshold)
 
@@ -445,7 +445,7 @@ def _outputs(settings: Settings) -> Outputs:
 def _protocols(settings: Settings) -> str:
     """What the doctor says about the site's protocols, which were valid when the settings were read."""
     from service.doctor import CheckFailedError
-    from worker.contrast import is_standard_dose
+    from worker.read.contrast import is_standard_dose
 
     for protocol in settings.protocols:
         dose = protocol.dose_mmol_per_kg

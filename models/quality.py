@@ -109,7 +109,7 @@ def _trained(name: str) -> tuple[Range, Range]:
 _SIMULATOR = "what the training covered; a factor of two outside is still worked on"
 
 # What grey matter changes by, white matter = 1, for a relative change of a time or angle: derivatives of the signal
-# equations (models.training.physics) for typical protocols, the larger of 1.5 and 3 T. That of the echo time is < .02.
+# equations (models.simulation.physics) for typical protocols, the larger of 1.5 and 3 T. The echo time's is < .02.
 SENSITIVITY: dict[str, dict[str, float]] = {
     "SPGR": {"RepetitionTime": 0.08, "FlipAngle": 0.15},
     "MPRAGE": {"RepetitionTime": 0.35, "InversionTime": 0.36, "FlipAngle": 0.28},

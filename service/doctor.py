@@ -13,7 +13,7 @@ from functools import partial
 from pynetdicom import AE, _config
 from sqlalchemy.exc import SQLAlchemyError
 
-from service.core.commitment import PUSH_MODEL
+from service.core.dicom.commitment import PUSH_MODEL
 from service.core.ledger import Ledger
 from service.core.queue import is_reachable, make_celery
 from service.core.settings import Destination, Settings

@@ -17,12 +17,12 @@ from datetime import datetime, timedelta
 from celery import Celery
 from sqlalchemy.exc import SQLAlchemyError
 
+from service.core.dicom.series import HeaderSummary, find_pair
+from service.core.dicom.site_rules import role_of
 from service.core.errors import Reason
 from service.core.job import Job, JobOptions, State
 from service.core.ledger import Added, Instance, Ledger, WaitingStudy
-from service.core.protocols import role_of
 from service.core.queue import enqueue
-from service.core.series import HeaderSummary, find_pair
 from service.core.settings import Settings
 from service.core.spool import Spool
 from service.core.telemetry import Log, pseudonym

@@ -19,10 +19,10 @@ from pydicom.filewriter import write_file_meta_info
 from pydicom.tag import BaseTag
 from pydicom.uid import UID
 
-from service.core.accepted import DAMAGE, TRANSFER_SYNTAXES
+from service.core.dicom.accepted import DAMAGE, TRANSFER_SYNTAXES
+from service.core.dicom.series import HeaderSummary
+from service.core.dicom.site_rules import names_of
 from service.core.errors import Permanent, Reason
-from service.core.protocols import names_of
-from service.core.series import HeaderSummary
 
 PREAMBLE = b"\0" * 128 + b"DICM"
 IMPLEMENTATION_CLASS_UID = UID("2.25.248861340379103211946264364152217420033")  # of the file heads that we write

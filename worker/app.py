@@ -28,14 +28,14 @@ from pydicom.dataset import Dataset
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
 from models.runtime import Engine
-from service.core.commitment import (
+from service.core.dicom.commitment import (
     CLASS_INSTANCE_CONFLICT,
     NO_SUCH_OBJECT_INSTANCE,
     SOP_CLASS_NOT_SUPPORTED,
     Reference,
     Report,
 )
-from service.core.commitment import WORDS as COMMITMENT_WORDS
+from service.core.dicom.commitment import WORDS as COMMITMENT_WORDS
 from service.core.errors import Permanent, Reason, Retryable
 from service.core.job import STATE_OF_OUTCOME, Job, JobOptions, Stage, State
 from service.core.ledger import Commitment, Delivery, DeliveryStatus, Ledger, Transaction
@@ -43,8 +43,8 @@ from service.core.queue import DELIVER, PROCESS, enqueue_deliver, make_celery
 from service.core.settings import Destination, Settings
 from service.core.spool import Spool
 from service.core.telemetry import Log
-from worker.commitment import request_commitment
-from worker.delivery import Answer, Verdict, backoff_seconds, is_sendable, send
+from worker.deliver.committing import request_commitment
+from worker.deliver.sending import Answer, Verdict, backoff_seconds, is_sendable, send
 from worker.pipeline import Progress, write_result
 
 BEATS_PER_LEASE = 4

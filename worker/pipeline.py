@@ -25,15 +25,15 @@ from models.preprocess import Prepared, RegistrationError, prepare
 from models.quality import LIMITS, Figure, Gate, judge_conditions, judge_pair, judge_signal, refused
 from models.runtime import Engine, OutputError, UnknownDoseError, at_dose
 from models.volume import Array
+from service.core.dicom.site_rules import Protocol
 from service.core.errors import Permanent, Reason
 from service.core.job import JobOptions, Stage
-from service.core.protocols import Protocol
-from worker.acquisition import Acquisition, check_acquisition, read_acquisition
-from worker.pairing import Pair, choose_pair
-from worker.provenance import DerivationContext
-from worker.results import Findings, Outputs, compose
-from worker.sequence import judge_likeness
-from worker.study import read_study
+from worker.choose.acquisition import Acquisition, check_acquisition, read_acquisition
+from worker.choose.pairing import Pair, choose_pair
+from worker.compose.provenance import DerivationContext
+from worker.compose.results import Findings, Outputs, compose
+from worker.read.sequence import judge_likeness
+from worker.read.study import read_study
 
 Progress = Callable[[Stage, float], None]
 DEFAULT_OUTPUTS = Outputs()

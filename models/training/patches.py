@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from models.condition import NAMES, SEQUENCE_NAMES, TIMING_NAMES
-from models.training.samples import SPACING, Block
+from models.simulation.samples import SPACING, Block
 from models.volume import Array, Mask
 
 _DROP = 0.12  # chance that a header value is unknown in training

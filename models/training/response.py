@@ -20,9 +20,7 @@ from torch import nn
 
 from models.condition import vector
 from models.preprocess import SCALE_QUANTILE
-from models.training.network import Response, dose_fraction
-from models.training.patches import with_gaps
-from models.training.phantom import (
+from models.simulation.phantom import (
     B1_RANGE,
     BLOOD_MM,
     CHOROID_MM,
@@ -38,7 +36,9 @@ from models.training.phantom import (
     draw_scenario,
     draw_uptake,
 )
-from models.training.physics import draw_tissue, signal
+from models.simulation.physics import draw_tissue, signal
+from models.training.network import Response, dose_fraction
+from models.training.patches import with_gaps
 from models.volume import Array
 
 VOXELS = 48  # of an acquisition

@@ -20,8 +20,8 @@ from scipy import ndimage
 from models.condition import Conditions, vector
 from models.preprocess import Comparison, Prepared, compare, local_statistics
 from models.quality import judge_comparison, refused
-from models.training.phantom import make_phantom
-from models.training.samples import Block, quiet_brain, scaled, usable
+from models.simulation.phantom import make_phantom
+from models.simulation.samples import Block, quiet_brain, scaled, usable
 from models.volume import Array, Mask
 
 SLOPE, EVEN_T = 2 * log(99) / 3, 2.5  # of the logit of p, and the t at which p = 0.5: p(1) = 0.01, p(4) = 0.99

@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from models.card import STARTED
+from models.simulation.samples import TRAIN_SEED, VALIDATION_SEED, Block, make_sample, stream
 from models.training.network import FULL_RESOLUTION, RESPONSE, STRIDE, VARIANTS, Network
 from models.training.patches import Held, draw_batch
 from models.training.response import learned
-from models.training.samples import TRAIN_SEED, VALIDATION_SEED, Block, make_sample, stream
 from models.training.site import SiteData, cut, padded, simulated_block
 
 FALSE_FIRST, FALSE_WEIGHT = 10.0, 40.0  # weight of false enhancement: at first and in full

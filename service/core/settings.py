@@ -19,8 +19,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from service.core.dicom.site_rules import KEYWORDS, QUANTITIES, Protocol
 from service.core.job import Kind
-from service.core.protocols import KEYWORDS, QUANTITIES, Protocol
 
 PREFIX = "LOWGAD_"
 EMBEDDED_BROKER = "embedded"

@@ -17,16 +17,16 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
-from service.api import create_app
 from service.core.errors import Reason
 from service.core.job import JobOptions, Stage, State
 from service.core.ledger import Delivery, DeliveryStatus, Ledger
 from service.core.queue import make_celery
 from service.core.settings import Settings
 from service.core.spool import Spool
-from service.dashboard.views import BANNER
 from service.intake import Intake
 from service.objects import from_file
+from service.web.api import create_app
+from service.web.dashboard.views import BANNER
 from tests.factories import encode, make_pair, uid
 from tests.peers import MR_IMAGE_STORAGE, wait_until
 

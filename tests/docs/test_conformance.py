@@ -11,14 +11,14 @@ from pathlib import Path
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from models import quality
-from service import listener
-from service.core.accepted import SOP_CLASSES, TRANSFER_SYNTAXES
+from service.core.dicom.accepted import SOP_CLASSES, TRANSFER_SYNTAXES
 from service.core.job import Kind
 from service.core.settings import Settings
+from service.dicom import listener
 from tests.docs.test_readme import replaced
-from worker import delivery
-from worker.attributes import OBJECT_TABLE, PATIENT_AND_STUDY, render_table
-from worker.results import STORED_AS
+from worker.compose.attributes import OBJECT_TABLE, PATIENT_AND_STUDY, render_table
+from worker.compose.results import STORED_AS
+from worker.deliver import sending as delivery
 
 COMMITMENT = "1.2.840.10008.1.20.1"
 CONFORMANCE = Path(__file__).parents[2] / "deploy" / "conformance.md"

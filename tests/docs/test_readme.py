@@ -14,12 +14,12 @@ from typing import get_args
 import pytest
 
 import lowgad
-from service.api import create_app
 from service.core.job import TRANSITIONS
 from service.core.ledger import Ledger
 from service.core.queue import make_celery
 from service.core.settings import SITE_FILE_ONLY, Settings
 from service.core.spool import Spool
+from service.web.api import create_app
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -125,7 +125,7 @@ def test_the_names_of_unknown_values_in_the_settings_are_those_the_worker_checks
 
 def test_the_agents_that_a_site_file_may_name_are_those_that_the_worker_knows() -> None:
     from models.agents import BY_NAME
-    from service.core.protocols import AgentName
+    from service.core.dicom.site_rules import AgentName
 
     assert set(get_args(AgentName)) == set(BY_NAME)
 

@@ -11,10 +11,10 @@ import SimpleITK as sitk
 from scipy import ndimage
 
 from models.brain import NoBrainError, find_brain
-from models.training.phantom import Phantom
+from models.simulation.phantom import Phantom
 from models.volume import Array, Mask, Volume
 from tests.numeric.phantoms import as_volume, head
-from worker.study import read_study
+from worker.read.study import read_study
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

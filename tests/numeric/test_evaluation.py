@@ -17,9 +17,8 @@ from scipy import ndimage
 from lowgad import main
 from models.card import DEFAULT_MODEL, ZOO, read_card
 from models.condition import NAMES, SEQUENCE_NAMES, TIMING_NAMES
-from models.runtime import NetworkEngine
-from models.training.ablation import ablations
-from models.training.evaluate import (
+from models.evaluation.ablation import ablations
+from models.evaluation.metrics import (
     FALSE,
     LEVELS,
     Found,
@@ -35,10 +34,11 @@ from models.training.evaluate import (
     sensitivity_difference,
     threshold_at,
 )
-from models.training.samples import TEST_SEED, VALIDATION_SEED, Sample, quiet_brain
+from models.runtime import NetworkEngine
+from models.simulation.samples import TEST_SEED, VALIDATION_SEED, Sample, quiet_brain
 from tests.numeric.phantoms import as_volume, head, prepared_head
-from worker import evaluation, evaluation_card
-from worker.evaluation import real_rows, write_card, write_validation
+from worker.lab import evaluation, evaluation_card
+from worker.lab.evaluation import real_rows, write_card, write_validation
 from worker.pipeline import Result
 
 STUDIES = 2

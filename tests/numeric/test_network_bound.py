@@ -19,8 +19,8 @@ from scipy import ndimage
 from models.card import DEFAULT_MODEL, ZOO
 from models.condition import DOSE_INDEX, DOSE_KNOWN_INDEX, HEADROOM, NAMES, UNKNOWN_DOSE_FRACTION
 from models.runtime import NetworkEngine, upper_bound
+from models.simulation.samples import make_sample
 from models.training.network import VARIANTS, Network
-from models.training.samples import make_sample
 from models.volume import Array
 
 SHAPE = (12, 16, 8)

@@ -25,8 +25,8 @@ from models.quality import (
     refused,
 )
 from models.runtime import LinearEngine
-from models.training.phantom import make_phantom
-from models.training.physics import Sequence, Tissue, signal
+from models.simulation.phantom import make_phantom
+from models.simulation.physics import Sequence, Tissue, signal
 from models.volume import Array, Volume
 from tests.numeric.phantoms import as_volume, head, prepared_head
 
@@ -56,7 +56,7 @@ def verdicts(figures: tuple[Figure, ...]) -> dict[str, Verdict]:
     return {figure.name: figure.verdict for figure in figures}
 
 
-# Typical protocols, and white and grey matter at 1.5 and 3 T: the middle of models.training.physics.TISSUES.
+# Typical protocols, and white and grey matter at 1.5 and 3 T: the middle of models.simulation.physics.TISSUES.
 PROTOCOLS = {
     "SPGR": Sequence("SPGR", 0.008, 0.003, 12),
     "MPRAGE": Sequence("MPRAGE", 2.3, 0.003, 9, 0.9, 0.0072, 176),

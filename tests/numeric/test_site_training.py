@@ -18,18 +18,18 @@ from pydicom import dcmread
 import lowgad
 from models.agents import BY_NAME
 from models.condition import NAMES
+from models.simulation.phantom import Scenario, make_phantom
+from models.simulation.samples import Block, make_sample, sample_of
 from models.training.network import VARIANTS, Network
 from models.training.patches import Held
-from models.training.phantom import Scenario, make_phantom
-from models.training.samples import Block, make_sample, sample_of
 from models.training.site import cut, enhancement_chance, hold_out, padded, simulated_block, target
 from models.training.train import PRESETS, Config, _stated, train
 from models.volume import Array, Mask
+from service.core.dicom.site_rules import Protocol
 from service.core.errors import Permanent, Reason
-from service.core.protocols import Protocol
 from tests.numeric.phantoms import MPRAGE
-from worker.phantom_study import write_phantom_study
-from worker.triplets import read_triplet, read_triplets
+from worker.lab.phantom_study import write_phantom_study
+from worker.lab.triplets import read_triplet, read_triplets
 
 UNIT = (1.0, 1.0, 1.0)
 

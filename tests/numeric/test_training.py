@@ -21,19 +21,13 @@ from scipy import ndimage
 import lowgad
 from models.card import ModelError, read_card
 from models.condition import MEASURED, NAMES, SEQUENCE_NAMES
+from models.evaluation import metrics as evaluate
+from models.evaluation.ablation import condition_grid, embedding, variance_shares
+from models.evaluation.metrics import JUDGED_DOSE, held_out, interval, score, usable_studies
 from models.quality import LIMITS, Figure
 from models.runtime import NetworkEngine, upper_bound
-from models.training import evaluate, phantom
-from models.training.ablation import condition_grid, embedding, variance_shares
-from models.training.average import average
-from models.training.curves import draw_curves
-from models.training.evaluate import JUDGED_DOSE, held_out, interval, score, usable_studies
-from models.training.export import HALO, TOLERANCE, ParityError, export, load_network
-from models.training.network import CAP, FULL_RESOLUTION, RESPONSE, STRIDE, VARIANTS, ChannelNorm, Network
-from models.training.network import Block as NetworkBlock
-from models.training.patches import Held, draw_batch
-from models.training.response import learned
-from models.training.samples import (
+from models.simulation import phantom
+from models.simulation.samples import (
     TEST_SEED,
     TRAIN_SEED,
     VALIDATION_SEED,
@@ -42,6 +36,13 @@ from models.training.samples import (
     make_sample,
     quiet_brain,
 )
+from models.training.average import average
+from models.training.curves import draw_curves
+from models.training.export import HALO, TOLERANCE, ParityError, export, load_network
+from models.training.network import CAP, FULL_RESOLUTION, RESPONSE, STRIDE, VARIANTS, ChannelNorm, Network
+from models.training.network import Block as NetworkBlock
+from models.training.patches import Held, draw_batch
+from models.training.response import learned
 from models.training.train import (
     FALSE_WEIGHT,
     LAST_SEED,

@@ -14,7 +14,7 @@ import lowgad
 from service.core.errors import Reason
 from tests.factories import write_study
 from tests.numeric.phantoms import head
-from worker.phantom_study import write_phantom_study
+from worker.lab.phantom_study import write_phantom_study
 
 REFUSED = {
     "pre_only": Reason.ONE_SERIES_ONLY,

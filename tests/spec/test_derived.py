@@ -25,14 +25,14 @@ from models.runtime import Engine, LinearEngine
 from service.core.errors import Permanent, Reason
 from service.core.job import Kind
 from tests.factories import SyntheticPair, as_enhanced, as_stacks, encode, make_pair, uid, write_study
-from worker.acquisition import read_acquisition
-from worker.attributes import TABLE, Action
-from worker.derived import MR_SERIES, derive
-from worker.pairing import Pair, choose_pair
+from worker.choose.acquisition import read_acquisition
+from worker.choose.pairing import Pair, choose_pair
+from worker.compose.attributes import TABLE, Action
+from worker.compose.derived import MR_SERIES, derive
+from worker.compose.provenance import DerivationContext
+from worker.compose.results import Outputs
 from worker.pipeline import _context
-from worker.provenance import DerivationContext
-from worker.results import Outputs
-from worker.study import Series, read_study
+from worker.read.study import Series, read_study
 
 REAL_PAIR = Path(__file__).parents[2].parent / "shared" / "data" / "tcga-du-7294-lowdose33.zip"
 LINEAR = LinearEngine()

@@ -21,7 +21,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLos
 
 from models.volume import Volume
 from tests.factories import as_enhanced, as_legacy_converted, compress_file, encode, make_pair
-from worker.study import Series, find_files, read_study
+from worker.read.study import Series, find_files, read_study
 
 REAL_PHILIPS = Path(__file__).parents[2].parent / "shared" / "data" / "philips-t1-classic-and-enhanced.zip"
 VOXEL = (0.9, 1.1, 1.3)

@@ -35,7 +35,7 @@ from pydicom.uid import (
 
 from models.agents import AGENTS
 from models.runtime import LinearEngine
-from service.core.accepted import TRANSFER_SYNTAXES
+from service.core.dicom.accepted import TRANSFER_SYNTAXES
 from service.core.errors import Permanent, Reason
 from service.core.job import JobOptions, Kind
 from tests.factories import (
@@ -52,13 +52,13 @@ from tests.factories import (
 )
 from tests.numeric.phantoms import head, prepared_head
 from tests.numeric.test_engines import conditions
-from worker.acquisition import Acquisition, check_acquisition, read_acquisition
-from worker.derived import derive
-from worker.pairing import Pair, choose_pair
+from worker.choose.acquisition import Acquisition, check_acquisition, read_acquisition
+from worker.choose.pairing import Pair, choose_pair
+from worker.compose.derived import derive
+from worker.compose.provenance import DerivationContext
+from worker.compose.results import Outputs
 from worker.pipeline import Result, run
-from worker.provenance import DerivationContext
-from worker.results import Outputs
-from worker.study import read_study
+from worker.read.study import read_study
 
 ONE_SERIES = {"SeriesInstanceUID": uid(0, "pre"), "SeriesNumber": "4", "SeriesTime": "100500"}
 

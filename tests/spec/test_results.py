@@ -18,17 +18,17 @@ from pydicom.dataset import Dataset
 from models.pose import Pose
 from models.preprocess import Comparison, Prepared
 from models.quality import LIMITS
+from service.core.dicom.header import is_synthetic
 from service.core.errors import Permanent, Reason
-from service.core.header import is_synthetic
 from service.core.job import Kind
 from tests.factories import as_enhanced, encode, make_pair, write_study
 from tests.spec.test_derived import CONTEXT, errors_of, inconsistencies, needs_dicom3tools, paired, saved
-from worker.acquisition import read_acquisition
-from worker.derived import MR_SERIES
-from worker.pairing import Pair, choose_pair
+from worker.choose.acquisition import read_acquisition
+from worker.choose.pairing import Pair, choose_pair
+from worker.compose.derived import MR_SERIES
+from worker.compose.results import STORED_AS, Findings, Outputs, compose
 from worker.pipeline import refuse
-from worker.results import STORED_AS, Findings, Outputs, compose
-from worker.study import read_study
+from worker.read.study import read_study
 
 REPORT = {
     "acquisition": {

@@ -11,13 +11,13 @@ import pytest
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
 
+from service.core.dicom.site_rules import Protocol
 from service.core.errors import Permanent, Reason
-from service.core.protocols import Protocol
 from tests.factories import as_enhanced, encode, make_pair, write_study
-from worker.acquisition import Acquisition, check_acquisition, read_acquisition
-from worker.contrast import Known, read_agent, read_dose, read_volume
-from worker.pairing import Pair, choose_pair
-from worker.study import read_study
+from worker.choose.acquisition import Acquisition, check_acquisition, read_acquisition
+from worker.choose.pairing import Pair, choose_pair
+from worker.read.contrast import Known, read_agent, read_dose, read_volume
+from worker.read.study import read_study
 
 
 def acquired(folder: Path, **options: Any) -> Acquisition:

@@ -19,7 +19,6 @@ from fastapi.testclient import TestClient
 from httpx2 import Response
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from service.api import create_app
 from service.core.errors import Reason
 from service.core.job import State
 from service.core.ledger import Delivery, DeliveryStatus, Ledger
@@ -28,6 +27,7 @@ from service.core.settings import Destination, Settings
 from service.core.spool import Spool
 from service.intake import Intake
 from service.objects import from_wire
+from service.web.api import create_app
 from tests.conftest import Clock
 from tests.factories import encode, make_pair, uid, write_study
 from tests.peers import MR_IMAGE_STORAGE

@@ -14,7 +14,7 @@ import pytest
 
 from service.core.errors import Permanent, Reason
 from service.core.settings import Settings
-from service.uploads import Received, dicom_files, unpack
+from service.web.uploads import Received, dicom_files, unpack
 
 DICOM = bytes(128) + b"DICM" + bytes(64)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from click.testing import CliRunner
 
 from lowgad import main
-from service.core.commitment import Reference, Request
+from service.core.dicom.commitment import Reference, Request
 from service.core.ledger import Ledger
 from service.core.settings import CommitmentRequestor, Destination, Settings
 from service.doctor import checks, examine

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from pydicom.dataset import Dataset
 
+from service.core.dicom.header import other_body_part
+from service.core.dicom.series import HeaderSummary, find_pair
 from service.core.errors import Permanent, Reason
-from service.core.header import other_body_part
-from service.core.series import HeaderSummary, find_pair
 from tests.factories import SyntheticPair, as_enhanced, make_pair, uid
 from tests.unit.test_pairing import another, study_of
-from worker.pairing import choose_pair
-from worker.timepoints import hours_apart
+from worker.choose.pairing import choose_pair
+from worker.choose.timepoints import hours_apart
 
 EVENING = {"AcquisitionTime": "193000", "SeriesTime": "193000", "ContentTime": "193000"}
 NEXT_DAY = {f"{event}Date": "20240106" for event in ("Acquisition", "Series", "Content")}

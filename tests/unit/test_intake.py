@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from pydicom.dataset import Dataset
 
+from service.core.dicom.site_rules import Protocol
 from service.core.errors import Reason
 from service.core.job import Job, JobOptions, State
 from service.core.ledger import Added, Ledger
-from service.core.protocols import Protocol
 from service.core.queue import make_celery
 from service.core.settings import Destination, Settings
 from service.core.spool import Spool

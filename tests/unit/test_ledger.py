@@ -19,11 +19,10 @@ from hypothesis import strategies as st
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.pool import Pool
 
-from service.core import schema
-from service.core.commitment import Reference, Report
+from service.core.dicom.commitment import Reference, Report
 from service.core.errors import Reason
 from service.core.job import TRANSITIONS, Job, JobOptions, Stage, State
-from service.core.ledger import Added, Delivery, DeliveryStatus, Instance, Ledger, Noted
+from service.core.ledger import Added, Delivery, DeliveryStatus, Instance, Ledger, Noted, schema
 from tests.conftest import Clock
 from tests.peers import MR_IMAGE_STORAGE, wait_until
 
@@ -130,7 +129,7 @@ def test_results_that_were_sent_before_they_had_a_class_get_the_one_of_their_kin
     with Ledger.open(database_url) as ledger:
         job = a_result(ledger, *deliveries("1"))
     engine, config = create_engine(database_url), Config()
-    config.set_main_option("script_location", "service.core:migrations")
+    config.set_main_option("script_location", "service.core.ledger:migrations")
     config.set_main_option("path_separator", "os")
     with engine.begin() as connection:
         config.attributes["connection"] = connection

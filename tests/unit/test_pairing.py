@@ -12,13 +12,13 @@ import pytest
 from pydicom.dataset import Dataset
 
 from models.quality import LIMITS, Verdict
+from service.core.dicom.site_rules import Protocol
 from service.core.errors import Permanent, Reason
-from service.core.protocols import Protocol
 from tests.factories import SyntheticPair, as_enhanced, encode, make_pair, uid
-from worker.pairing import Pair, choose_pair
+from worker.choose.pairing import Pair, choose_pair
 from worker.pipeline import _image_witness
-from worker.sequence import judge_likeness
-from worker.study import Study, find_files, read_study
+from worker.read.sequence import judge_likeness
+from worker.read.study import Study, find_files, read_study
 
 
 def study_of(folder: Path, *series: Sequence[Dataset]) -> Study:

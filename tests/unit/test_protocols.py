@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from lowgad import main
-from service.core.protocols import Protocol, names_of, role_of, stated
+from service.core.dicom.site_rules import Protocol, names_of, role_of, stated
 from service.core.settings import Settings, SettingsError
 from tests.factories import make_pair
 

@@ -8,9 +8,9 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
+from service.core.dicom.header import why_not_t1
+from service.core.dicom.series import HeaderSummary, find_pair, geometry_faults
 from service.core.errors import Reason
-from service.core.header import why_not_t1
-from service.core.series import HeaderSummary, find_pair, geometry_faults
 from tests.factories import as_concatenation, as_enhanced, make_pair
 
 

@@ -23,8 +23,8 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from service.core.dicom.header import texts
 from service.core.errors import Permanent, Reason
-from service.core.header import texts
 from tests.factories import (
     SyntheticPair,
     as_concatenation,
@@ -37,10 +37,10 @@ from tests.factories import (
     uid,
     write_study,
 )
-from worker.acquisition import read_acquisition
-from worker.pairing import choose_pair
-from worker.planes import read_instance
-from worker.study import Study, find_files, read_study
+from worker.choose.acquisition import read_acquisition
+from worker.choose.pairing import choose_pair
+from worker.read.planes import read_instance
+from worker.read.study import Study, find_files, read_study
 
 REAL_PHILIPS = Path(__file__).parents[2].parent / "shared" / "data" / "philips-t1-classic-and-enhanced.zip"
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.volume import Mask, Volume
-from worker.watermark import MARGIN_MM, find_head, place
+from worker.compose.watermark import MARGIN_MM, find_head, place
 
 
 def ball(size: int, radius: float, noise: float = 0.0) -> Volume:

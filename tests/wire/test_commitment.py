@@ -14,22 +14,22 @@ from pydicom import dcmread
 from pynetdicom import AE, build_role, evt
 from pynetdicom.association import Association
 
-from service.commitment import CLAIM_SECONDS, MOST_TRIES, Commitment
-from service.core.commitment import PUSH_MODEL, PUSH_MODEL_INSTANCE, Reference, Report, Request
+from service.core.dicom.commitment import PUSH_MODEL, PUSH_MODEL_INSTANCE, Reference, Report, Request
 from service.core.errors import Reason
 from service.core.job import Kind, State
 from service.core.ledger import Ledger
 from service.core.settings import CommitmentRequestor
 from service.core.spool import Spool
+from service.dicom.commitment import CLAIM_SECONDS, MOST_TRIES, Commitment
+from service.dicom.listener import Listener
 from service.intake import Intake
-from service.listener import Listener
 from tests.conftest import Clock
 from tests.factories import uid, write_study
 from tests.peers import EXPLICIT_VR_LITTLE_ENDIAN, MR_IMAGE_STORAGE, free_port, running_orthanc, running_scp, wait_until
 from tests.spec.test_derived import paired
 from tests.spec.test_results import ALL, findings_of
 from tests.unit.test_worker import PAIR, Site
-from worker.results import compose
+from worker.compose.results import compose
 
 COMMITTING = {"storage_commitment": True, "commitment_wait_seconds": 0}
 HOUR = 3600.0
@@ -238,7 +238,7 @@ def test_an_archive_that_fails_again_and_again_is_asked_for_as_long_as_one_that_
 def test_the_association_stays_open_for_as_long_as_a_report_is_waited_for(
     make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.delivery.ANSWER_SECONDS", 1.0)  # a minute in earnest
+    monkeypatch.setattr("worker.deliver.sending.ANSWER_SECONDS", 1.0)  # a minute in earnest
     with running_archive(on_same_association=True, seconds=2.0) as archive:
         site = make_site(archive.port, destination={"commitment_wait_seconds": 10})
         job_id = delivered(site)

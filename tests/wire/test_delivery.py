@@ -15,7 +15,7 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate
 from service.core.errors import Permanent, Reason, Retryable
 from service.core.settings import Destination
 from tests.peers import MR_IMAGE_STORAGE, StorageScp, free_port, running_orthanc, running_scp
-from worker.delivery import Answer, Verdict, associated, backoff_seconds, send
+from worker.deliver.sending import Answer, Verdict, associated, backoff_seconds, send
 
 ENHANCED_MR_IMAGE_STORAGE = "1.2.840.10008.5.1.4.1.1.4.1"
 

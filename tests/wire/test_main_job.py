@@ -20,12 +20,12 @@ import pytest
 from click.testing import CliRunner
 
 import lowgad
-from models.training.evaluate import score
+from models.evaluation.metrics import score
 from service.core.job import State
 from tests.numeric.phantoms import head
 from tests.peers import Orthanc, running_orthanc, wait_until
 from tests.wire.test_up import STORESCU, Up, running
-from worker.phantom_study import write_phantom_study
+from worker.lab.phantom_study import write_phantom_study
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 REAL_STUDY, REAL_TRUTH = DATA / "tcga-du-7294-lowdose33.zip", DATA / "tcga-du-7294-truth.npz"

@@ -17,8 +17,8 @@ from service.core.settings import Destination
 from tests.peers import Orthanc, running_orthanc, running_scp
 from tests.spec.test_derived import paired, saved
 from tests.spec.test_results import ALL, findings_of
-from worker.delivery import Verdict, send
-from worker.results import STORED_AS, compose
+from worker.compose.results import STORED_AS, compose
+from worker.deliver.sending import Verdict, send
 
 PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 MODALITIES = {

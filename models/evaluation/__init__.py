@@ -1,0 +1,1 @@
+"""Measuring a network against known truth: metrics, ablations, figures. Needs no torch."""

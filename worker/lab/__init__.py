@@ -1,0 +1,1 @@
+"""What no hospital's worker runs: evaluation, phantom studies, demonstration, montages, a site's training studies."""
