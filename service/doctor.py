@@ -10,17 +10,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from pynetdicom import AE, _config
 from sqlalchemy.exc import SQLAlchemyError
 
+from service.core.association import PLAIN_SYNTAXES, VERIFICATION, associated
 from service.core.dicom.commitment import PUSH_MODEL
+from service.core.dicom.status import SUCCESS
+from service.core.errors import Permanent, Retryable
 from service.core.ledger import Ledger
 from service.core.queue import is_reachable, make_celery
 from service.core.settings import Destination, Settings
 from service.core.spool import Spool
 
-VERIFICATION = "1.2.840.10008.1.1"  # SOP class, PS3.4 annex A
 ANSWER_SECONDS = 5.0
+_WHERE = "see the site file and the destination's own list of AE titles"
 OVERDUE_SECONDS = 300.0  # a listener that lives reports within seconds, one after the other
 
 
@@ -109,20 +111,22 @@ def _reports(settings: Settings) -> str:
 
 def _destination(destination: Destination) -> str:
     """C-ECHO (PS3.7 section 9.1.5), and whether it would be asked for storage commitment in vain."""
-    _config.LOG_HANDLER_LEVEL = "none"
-    entity = AE(ae_title=destination.calling_ae_title)
-    entity.connection_timeout = entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = ANSWER_SECONDS
-    entity.add_requested_context(VERIFICATION)
-    if destination.storage_commitment:
-        entity.add_requested_context(PUSH_MODEL)
-    association = entity.associate(destination.host, destination.port, ae_title=destination.ae_title)
-    if not association.is_established:
-        why = "refuses our AE titles" if association.is_rejected else "does not answer"
-        raise CheckFailedError(f"{why}; see the site file and the destination's own list of AE titles")
-    status = association.send_c_echo()
-    accepted = {context.abstract_syntax for context in association.accepted_contexts}
-    association.release()
-    if getattr(status, "Status", None) != 0:
+    wanted = [VERIFICATION, *([PUSH_MODEL] if destination.storage_commitment else [])]
+    try:
+        with associated(
+            destination,
+            [(uid, PLAIN_SYNTAXES) for uid in wanted],
+            calling_ae_title=destination.calling_ae_title,
+            connect_seconds=ANSWER_SECONDS,
+            answer_seconds=ANSWER_SECONDS,
+        ) as association:
+            answer = association.send_c_echo()
+            accepted = {context.abstract_syntax for context in association.accepted_contexts}
+    except Permanent as error:
+        raise CheckFailedError(f"refuses our AE titles or what we offer: {error.detail}; {_WHERE}") from None
+    except Retryable as error:
+        raise CheckFailedError(f"does not answer: {error.detail}; {_WHERE}") from None
+    if getattr(answer, "Status", None) != SUCCESS:
         raise CheckFailedError("does not answer C-ECHO")
     if destination.storage_commitment and PUSH_MODEL not in accepted:
         raise CheckFailedError("answers C-ECHO and does not know storage commitment; switch storage_commitment off")

@@ -28,14 +28,14 @@ from pydicom.dataset import Dataset
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
 from models.runtime import Engine
-from service.core.dicom.commitment import (
+from service.core.dicom.commitment import Reference, Report
+from service.core.dicom.status import (
     CLASS_INSTANCE_CONFLICT,
+    COMMITMENT_TEXT,
     NO_SUCH_OBJECT_INSTANCE,
     SOP_CLASS_NOT_SUPPORTED,
-    Reference,
-    Report,
+    in_words,
 )
-from service.core.dicom.commitment import WORDS as COMMITMENT_WORDS
 from service.core.errors import Permanent, Reason, Retryable
 from service.core.job import STATE_OF_OUTCOME, Job, JobOptions, Stage, State
 from service.core.ledger import Commitment, Delivery, DeliveryStatus, Ledger, Transaction
@@ -350,7 +350,7 @@ class Worker:
             Permanent: COMMITMENT_REFUSED or COMMITMENT_TIMEOUT.
         """
         reasons = {item.failure_reason for item in owed if item.failure_reason is not None}
-        refused = ", ".join(f"0x{reason:04X} {COMMITMENT_WORDS.get(reason, '')}".strip() for reason in sorted(reasons))
+        refused = ", ".join(in_words(reason, COMMITMENT_TEXT) for reason in sorted(reasons))
         is_over = bool(asked) and self.clock() >= self._limit(asked)
         if reasons & REFUSED_FOR_GOOD or (reasons and is_over):
             raise Permanent(Reason.COMMITMENT_REFUSED, f"{name}: {len(owed)} instances not committed: {refused}")

@@ -13,20 +13,14 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
 
-from pynetdicom import AE, build_role, evt
+from pynetdicom import AE, evt
 from pynetdicom.association import Association
 from pynetdicom.events import EventHandlerType
 
-from service.core.dicom.accepted import TRANSFER_SYNTAXES
+from service.core.association import PLAIN_SYNTAXES, associated
 from service.core.dicom.commitment import (
-    CLASS_INSTANCE_CONFLICT,
-    INVALID_ARGUMENT,
-    NO_SUCH_OBJECT_INSTANCE,
-    NOT_AUTHORISED,
-    PROCESSING_FAILURE,
     PUSH_MODEL,
     PUSH_MODEL_INSTANCE,
-    SUCCESS,
     MessageError,
     Reference,
     Report,
@@ -34,6 +28,15 @@ from service.core.dicom.commitment import (
     report_in,
     request_in,
 )
+from service.core.dicom.status import (
+    CLASS_INSTANCE_CONFLICT,
+    INVALID_ARGUMENT,
+    NO_SUCH_OBJECT_INSTANCE,
+    NOT_AUTHORISED,
+    PROCESSING_FAILURE,
+    SUCCESS,
+)
+from service.core.errors import LowgadError
 from service.core.ledger import CommitmentRequest, Ledger
 from service.core.settings import CommitmentRequestor, Settings
 from service.core.spool import Spool
@@ -41,7 +44,7 @@ from service.core.telemetry import Fields, Log
 
 LOG = Log("commitment")
 
-CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 30.0
+ANSWER_SECONDS = 30.0  # to one report
 CLAIM_SECONDS = 300.0  # for reading the instances back and sending one report
 MOST_TRIES = 12  # of one report
 ACTOR = "listener"
@@ -73,7 +76,7 @@ class Commitment:
         """
         asks = any(item.storage_commitment for item in self._settings.destinations)
         if asks or self._settings.commitment_requestors:
-            entity.add_supported_context(PUSH_MODEL, list(TRANSFER_SYNTAXES[:2]), scu_role=True, scp_role=True)
+            entity.add_supported_context(PUSH_MODEL, list(PLAIN_SYNTAXES), scu_role=True, scp_role=True)
 
     def handlers(self) -> list[EventHandlerType]:
         """For pynetdicom's server."""
@@ -170,23 +173,17 @@ class Commitment:
 
     def _send(self, report: Report, requestor: CommitmentRequestor) -> int | None:
         """N-EVENT-REPORT on a new association; the status that was answered, None where nobody answered."""
-        entity = AE(ae_title=self._settings.ae_title)
-        entity.connection_timeout = entity.acse_timeout = CONNECT_SECONDS
-        entity.dimse_timeout = entity.network_timeout = ANSWER_SECONDS
-        entity.add_requested_context(PUSH_MODEL, list(TRANSFER_SYNTAXES[:2]))
-        role = build_role(PUSH_MODEL, scp_role=True)
         try:
-            association = entity.associate(
-                requestor.host, requestor.port, ae_title=requestor.ae_title, ext_neg=[role], max_pdu=0
-            )
-        except OSError:  # the name does not resolve, now
+            with associated(
+                requestor,
+                [(PUSH_MODEL, PLAIN_SYNTAXES)],
+                calling_ae_title=self._settings.ae_title,
+                as_provider_of=[PUSH_MODEL],
+                answer_seconds=ANSWER_SECONDS,
+            ) as association:
+                return _send_report(association, report)
+        except LowgadError:  # whatever it refuses, it is asked again later
             return None
-        if not association.is_established:
-            return None
-        try:
-            return _send_report(association, report)
-        finally:
-            association.release()
 
 
 def _peer(event: Any) -> Fields:

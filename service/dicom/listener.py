@@ -17,14 +17,23 @@ from socketserver import BaseServer
 from typing import Any, cast
 
 from pydicom.dataset import Dataset
-from pynetdicom import AE, _config, evt
+from pynetdicom import evt
 from pynetdicom.association import Association
 from pynetdicom.events import EventHandlerType
-from pynetdicom.presentation import build_context
 from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
 from sqlalchemy.exc import SQLAlchemyError
 
+from service.core.association import PLAIN_SYNTAXES, VERIFICATION, accepting_entity
 from service.core.dicom.accepted import SOP_CLASSES, TRANSFER_SYNTAXES
+from service.core.dicom.status import (
+    CONFLICTING_DUPLICATE,
+    DATA_SET_MISMATCH,
+    NOT_SUPPORTED,
+    NOT_UNDERSTOOD,
+    OUT_OF_RESOURCES,
+    SUCCESS,
+    UNEXPECTED,
+)
 from service.core.errors import Permanent, Reason
 from service.core.ledger import Added
 from service.core.settings import Settings
@@ -36,20 +45,9 @@ from service.objects import DicomObject, from_wire
 
 LOG = Log("listener")
 
-VERIFICATION = "1.2.840.10008.1.1"  # SOP class, PS3.4 annex A
-PDU_BYTES = 131_072  # what we offer to receive at once (PS3.8 annex D.1)
 LONGEST_PDU_BYTES = 1 << 20  # no honest PDU is longer: ours are bounded by the offer, a request by its contexts
 READ_BYTES = 1 << 16
-ASSOCIATION_SECONDS = 30.0  # ARTIM, and silence between two messages
-
-# PS3.7 annex C, PS3.4 table B.2-1
-SUCCESS = 0x0000
-OUT_OF_RESOURCES = 0xA700
-DATA_SET_MISMATCH = 0xA900  # data set does not match SOP class
-NOT_UNDERSTOOD = 0xC100
-CONFLICTING_DUPLICATE = 0xC101
-NOT_SUPPORTED = 0xC102
-UNEXPECTED = 0xC110
+_OFFERS = [*((str(uid), TRANSFER_SYNTAXES) for uid in SOP_CLASSES), (VERIFICATION, PLAIN_SYNTAXES)]
 
 
 class Listener:
@@ -75,16 +73,22 @@ class Listener:
         Raises:
             OSError: the address is taken or not ours.
         """
-        _be_quiet_and_strict()
         handlers: list[EventHandlerType] = [
             (evt.EVT_C_ECHO, _answer_echo),
             (evt.EVT_C_STORE, self._answer_store),
             *self._commitment.handlers(),
         ]
-        entity, address = _application_entity(self._settings), (self._settings.listen_host, self._settings.listen_port)
+        settings = self._settings
+        entity = accepting_entity(
+            settings.ae_title,
+            _OFFERS,
+            allowed_calling_aes=settings.allowed_calling_aes,
+            max_associations=settings.max_associations,
+        )
         self._commitment.negotiate(entity)
+        address = (settings.listen_host, settings.listen_port)
         server = entity.make_server(
-            address, evt_handlers=handlers, server_class=_Server, request_handler=_Connection, settings=self._settings
+            address, evt_handlers=handlers, server_class=_Server, request_handler=_Connection, settings=settings
         )
         self._server = cast("_Server", server)
         threading.Thread(target=server.serve_forever, args=(0.1,), name="listener", daemon=True).start()
@@ -156,26 +160,6 @@ def _status(code: int, comment: str) -> Dataset:
     answer.Status = code
     answer.ErrorComment = comment[:64]  # LO, PS3.7 annex C
     return answer
-
-
-def _application_entity(settings: Settings) -> AE:
-    entity = AE(ae_title=settings.ae_title)
-    entity.maximum_pdu_size = PDU_BYTES
-    entity.maximum_associations = settings.max_associations
-    entity.acse_timeout = entity.network_timeout = ASSOCIATION_SECONDS
-    entity.require_called_aet = True
-    entity.require_calling_aet = list(settings.allowed_calling_aes)
-    contexts = [build_context(uid, list(TRANSFER_SYNTAXES)) for uid in SOP_CLASSES]
-    entity.supported_contexts = [*contexts, build_context(VERIFICATION, list(TRANSFER_SYNTAXES[:2]))]
-    return entity
-
-
-def _be_quiet_and_strict() -> None:
-    """Settings that pynetdicom keeps for the whole process: nothing of a message is logged, nothing else is stored."""
-    _config.LOG_HANDLER_LEVEL = "none"
-    _config.LOG_REQUEST_IDENTIFIERS = _config.LOG_RESPONSE_IDENTIFIERS = False
-    _config.UNRESTRICTED_STORAGE_SERVICE = False
-    _config.STORE_RECV_CHUNKED_DATASET = False
 
 
 class _Server(ThreadedAssociationServer):

@@ -11,10 +11,12 @@ from pathlib import Path
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from models import quality
+from service.core.association import VERIFICATION
+from service.core.dicom import status
 from service.core.dicom.accepted import SOP_CLASSES, TRANSFER_SYNTAXES
+from service.core.dicom.status import STORE_TEXT
 from service.core.job import Kind
 from service.core.settings import Settings
-from service.dicom import listener
 from tests.docs.test_readme import replaced
 from worker.compose.attributes import OBJECT_TABLE, PATIENT_AND_STUDY, render_table
 from worker.compose.results import STORED_AS
@@ -28,9 +30,7 @@ def sop_classes() -> str:
     """Which SOP class in which role, with which transfer syntaxes."""
     plain = "Explicit VR Little Endian, Implicit VR Little Endian"
     rows = ["| SOP class | UID | Role | Transfer syntaxes |", "|---|---|---|---|"]
-    rows += [
-        f"| {UID(listener.VERIFICATION).name} | {listener.VERIFICATION} | {role} | {plain} |" for role in ("SCP", "SCU")
-    ]
+    rows += [f"| {UID(VERIFICATION).name} | {VERIFICATION} | {role} | {plain} |" for role in ("SCP", "SCU")]
     rows += [f"| {uid.name} | {uid} | SCP | all of the table below |" for uid in SOP_CLASSES]
     sent = sorted(set(STORED_AS.values()))
     rows += [f"| {uid.name} | {uid} | SCU | {plain} |" for uid in sent]
@@ -54,9 +54,9 @@ def kinds() -> str:
 def answers() -> str:
     """What the answers of a destination mean."""
     rows = ["| Status | Meaning | What follows |", "|---|---|---|"]
-    codes = [0x0000, *delivery.STATUS_TEXT, 0xA700, 0xA900, 0xC000]
+    codes = [0x0000, *STORE_TEXT, 0xA700, 0xA900, 0xC000]
     for code in sorted(set(codes)):
-        text = delivery.STATUS_TEXT.get(code, {0: "success", 0xA700: "out of resources (A7xx)"}.get(code, "refused"))
+        text = STORE_TEXT.get(code, {0: "success", 0xA700: "out of resources (A7xx)"}.get(code, "refused"))
         rows.append(f"| {code:04X} | {text} | {delivery.verdict_of(code).value} |")
     return "\n".join([*rows, ""])
 
@@ -86,7 +86,7 @@ def test_every_status_that_the_listener_answers_is_in_the_statement() -> None:
     text = CONFORMANCE.read_text(encoding="utf-8")
     names = ("SUCCESS", "OUT_OF_RESOURCES", "DATA_SET_MISMATCH", "NOT_UNDERSTOOD", "CONFLICTING_DUPLICATE")
     for name in (*names, "NOT_SUPPORTED", "UNEXPECTED"):
-        assert re.search(rf"^\| {getattr(listener, name):04X} \|", text, re.MULTILINE), name
+        assert re.search(rf"^\| {getattr(status, name):04X} \|", text, re.MULTILINE), name
 
 
 def test_results_are_offered_as_the_statement_says() -> None:

@@ -12,10 +12,11 @@ import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate_uid
 
+from service.core.association import associated
 from service.core.errors import Permanent, Reason, Retryable
 from service.core.settings import Destination
 from tests.peers import MR_IMAGE_STORAGE, StorageScp, free_port, running_orthanc, running_scp
-from worker.deliver.sending import Answer, Verdict, associated, backoff_seconds, send
+from worker.deliver.sending import Answer, Verdict, backoff_seconds, send
 
 ENHANCED_MR_IMAGE_STORAGE = "1.2.840.10008.5.1.4.1.1.4.1"
 
@@ -68,11 +69,11 @@ def test_orthanc_holds_every_instance_that_was_reported_as_sent(tmp_path: Path) 
 
 
 def test_an_association_is_released_when_the_work_is_done_and_aborted_when_it_is_cut_short() -> None:
-    offers = [(MR_IMAGE_STORAGE, str(ExplicitVRLittleEndian))]
+    offers = [(MR_IMAGE_STORAGE, [str(ExplicitVRLittleEndian)])]
     with running_scp() as scp:
-        with associated(offers, at(scp)) as done:
+        with associated(at(scp), offers, calling_ae_title="LOWGAD") as done:
             assert done.is_established
-        with pytest.raises(KeyboardInterrupt), associated(offers, at(scp)) as cut_short:
+        with pytest.raises(KeyboardInterrupt), associated(at(scp), offers, calling_ae_title="LOWGAD") as cut_short:
             raise KeyboardInterrupt
     assert (done.is_released, done.is_aborted) == (True, False)
     assert (cut_short.is_released, cut_short.is_aborted) == (False, True)

@@ -11,29 +11,27 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pydicom.dataset import Dataset
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import evt
 
+from service.core.association import PLAIN_SYNTAXES, associated
 from service.core.dicom.commitment import (
     PUSH_MODEL,
     PUSH_MODEL_INSTANCE,
     REQUEST,
-    SUCCESS,
-    WORDS,
     Reference,
     Report,
     Request,
     answering,
     report_in,
 )
+from service.core.dicom.status import COMMITMENT_TEXT, PROCESSING_FAILURE, RESOURCE_LIMITATION, SUCCESS, in_words
 from service.core.errors import Permanent, Reason, Retryable
 from service.core.settings import Destination
 from service.core.telemetry import Log
-from worker.deliver.sending import PROCESSING_FAILURE, RESOURCE_LIMITATION, associated
 
 LOG = Log("commitment")
 LOOK_SECONDS = 0.05
-OFFERS = [(str(PUSH_MODEL), str(syntax)) for syntax in (ExplicitVRLittleEndian, ImplicitVRLittleEndian)]
+OFFERS = [(PUSH_MODEL, [syntax]) for syntax in PLAIN_SYNTAXES]
 MAY_PASS = {PROCESSING_FAILURE, RESOURCE_LIMITATION}
 
 
@@ -64,7 +62,12 @@ def request_commitment(
         return status[0], None
 
     try:
-        with associated(OFFERS, destination, [(evt.EVT_N_EVENT_REPORT, answer)]) as association:
+        with associated(
+            destination,
+            OFFERS,
+            calling_ae_title=destination.calling_ae_title,
+            handlers=[(evt.EVT_N_EVENT_REPORT, answer)],
+        ) as association:
             information = Request(transaction_uid, tuple(references)).to_dataset()
             try:
                 response, _ = association.send_n_action(information, REQUEST, PUSH_MODEL, PUSH_MODEL_INSTANCE)
@@ -86,5 +89,5 @@ def _refuse_failure(response: Dataset) -> None:
     status = int(response.Status)
     if status != SUCCESS:
         kind = Retryable if status in MAY_PASS else Permanent
-        words = WORDS.get(status, "")
-        raise kind(Reason.COMMITMENT_REFUSED, f"request for storage commitment answered 0x{status:04X} {words}".strip())
+        said = in_words(status, COMMITMENT_TEXT)
+        raise kind(Reason.COMMITMENT_REFUSED, f"request for storage commitment answered {said}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -19,39 +18,21 @@ from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import UID, ImplicitVRLittleEndian
-from pynetdicom import AE, _config
 from pynetdicom.association import Association
-from pynetdicom.events import EventHandlerType
-from pynetdicom.presentation import build_context
 
-from service.core.errors import Permanent, Reason, Retryable
+from service.core.association import associated
+from service.core.dicom.status import (
+    ANY_OUT_OF_RESOURCES,
+    DUPLICATE_SOP_INSTANCE,
+    PROCESSING_FAILURE,
+    RESOURCE_LIMITATION,
+    STORE_TEXT,
+    SUCCESS,
+    WARNINGS,
+    in_words,
+)
+from service.core.errors import Reason, Retryable
 from service.core.settings import Destination
-
-_config.LOG_HANDLER_LEVEL = "none"  # the default handlers would write identifiers of patients to the log
-
-CONNECT_SECONDS = 10.0
-ANSWER_SECONDS = 60.0  # a busy archive may take long to answer one C-STORE-RQ
-PDU_BYTES = 131_072
-
-# PS3.7 table C.5-1 and PS3.4 table B.2-1
-SUCCESS = 0x0000
-DUPLICATE_SOP_INSTANCE = 0x0111
-PROCESSING_FAILURE = 0x0110
-RESOURCE_LIMITATION = 0x0213
-OUT_OF_RESOURCES = range(0xA700, 0xA800)
-WARNINGS = range(0xB000, 0xC000)
-STATUS_TEXT = {
-    0xB000: "stored; the destination coerced data elements",
-    0xB006: "stored; the destination discarded data elements",
-    0xB007: "stored; the data set does not match its SOP class",
-    DUPLICATE_SOP_INSTANCE: "the destination already holds this instance",
-    PROCESSING_FAILURE: "processing failure",
-    0x0117: "invalid SOP instance",
-    0x0122: "SOP class not supported",
-    0x0124: "not authorised",
-    RESOURCE_LIMITATION: "resource limitation",
-}
-REJECTED_TRANSIENT = 2  # PS3.8 section 9.3.4, Result
 
 
 class Verdict(Enum):
@@ -94,7 +75,8 @@ def send(paths: Sequence[Path], destination: Destination) -> Iterator[Answer]:
     readable = {path: syntax for path, syntax in syntaxes.items() if syntax is not None}
     if not readable:
         return
-    with associated(offers_for(sorted(set(readable.values()))), destination) as association:
+    offers = [(sop_class, [syntax]) for sop_class, syntax in offers_for(sorted(set(readable.values())))]
+    with associated(destination, offers, calling_ae_title=destination.calling_ae_title) as association:
         for number, path in enumerate(readable):
             yield _store(association, path, number % 0xFFFF + 1)
 
@@ -122,44 +104,6 @@ def _syntax_of(path: Path) -> tuple[str, str] | None:
         return None
 
 
-@contextmanager
-def associated(
-    offers: Sequence[tuple[str, str]], destination: Destination, handlers: Sequence[EventHandlerType] = ()
-) -> Iterator[Association]:
-    """An established association; released at the end, aborted if the block fails.
-
-    Args:
-        offers: (abstract syntax, transfer syntax), one presentation context each.
-        destination: whom to call.
-        handlers: of pynetdicom, for what the other side asks of us.
-
-    Raises:
-        Retryable: DESTINATION_UNREACHABLE.
-        Permanent: DESTINATION_REFUSED.
-    """
-    entity = AE(ae_title=destination.calling_ae_title)
-    entity.connection_timeout, entity.acse_timeout = CONNECT_SECONDS, CONNECT_SECONDS
-    entity.dimse_timeout = entity.network_timeout = ANSWER_SECONDS
-    try:
-        association = entity.associate(
-            destination.host,
-            destination.port,
-            contexts=[build_context(abstract, syntax) for abstract, syntax in offers],
-            ae_title=destination.ae_title,
-            max_pdu=PDU_BYTES,
-            evt_handlers=list(handlers),
-        )
-    except OSError as error:  # the name does not resolve, now
-        raise Retryable(Reason.DESTINATION_UNREACHABLE, f"{destination.name}: {error}") from error
-    if not association.is_established:
-        raise _refusal(association)
-    with ExitStack() as interrupted:
-        interrupted.callback(association.abort)
-        yield association
-        interrupted.pop_all()
-    association.release()
-
-
 def offers_for(syntaxes: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """The files' own pairs, one context each so that acceptance is exact, and Implicit VR LE where we can re-encode.
 
@@ -171,20 +115,6 @@ def offers_for(syntaxes: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
         if not UID(syntax).is_compressed and fallback not in offered:
             offered.append(fallback)
     return offered
-
-
-def _refusal(association: Association) -> Permanent | Retryable:
-    """Why there is no association: a final refusal, or something that may pass."""
-    answer = association.acceptor.primitive
-    if association.is_rejected and answer is not None:
-        words = f"association rejected: {answer.reason_str} ({answer.source_str}, {answer.result_str})"
-        if answer.result == REJECTED_TRANSIENT:
-            return Retryable(Reason.DESTINATION_UNREACHABLE, words)
-        return Permanent(Reason.DESTINATION_REFUSED, words)
-    if association.rejected_contexts:
-        names = sorted({UID(context.abstract_syntax or "").name for context in association.rejected_contexts})
-        return Permanent(Reason.DESTINATION_REFUSED, f"no presentation context accepted for {', '.join(names)}")
-    return Retryable(Reason.DESTINATION_UNREACHABLE, "no connection, or the association was aborted")
 
 
 def _store(association: Association, path: Path, message_id: int) -> Answer:
@@ -213,8 +143,7 @@ def _read_answer(path: Path, response: Dataset) -> Answer:
     if "Status" not in response:
         raise Retryable(Reason.DESTINATION_UNREACHABLE, "the association broke before the answer, or none came in time")
     status = int(response.Status)
-    text = f"0x{status:04X} {STATUS_TEXT.get(status, '')}".strip()
-    return Answer(path, verdict_of(status), status, text)
+    return Answer(path, verdict_of(status), status, in_words(status, STORE_TEXT))
 
 
 def verdict_of(status: int) -> Verdict:
@@ -227,6 +156,6 @@ def verdict_of(status: int) -> Verdict:
         return Verdict.SENT
     if status in WARNINGS or status == DUPLICATE_SOP_INSTANCE:
         return Verdict.SENT_WITH_WARNING
-    if status in OUT_OF_RESOURCES or status in {PROCESSING_FAILURE, RESOURCE_LIMITATION}:
+    if status in ANY_OUT_OF_RESOURCES or status in {PROCESSING_FAILURE, RESOURCE_LIMITATION}:
         return Verdict.BUSY
     return Verdict.REFUSED

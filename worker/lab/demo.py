@@ -19,10 +19,12 @@ from pathlib import Path
 import numpy as np
 import pydicom
 from pydicom.uid import MRImageStorage
-from pynetdicom import AE, evt
+from pynetdicom import evt
 
 from models.simulation.phantom import draw_scenario, make_phantom, with_choices
 from models.volume import Array
+from service.core.association import PLAIN_SYNTAXES, accepting_entity
+from service.core.dicom.status import SUCCESS
 from service.core.settings import Destination
 from worker.deliver.sending import send
 from worker.lab.montage import write_sheet
@@ -30,7 +32,6 @@ from worker.lab.phantom_study import WHITE_MATTER_LEVEL, write_phantom_study
 
 DEADLINE_SECONDS = 900.0
 SPACING_MM = 1.5
-SUCCESS = 0x0000
 Say = Callable[[str], None]
 
 
@@ -86,9 +87,9 @@ def _pacs(folder: Path) -> Iterator[int]:
         (folder / Path(name).name).write_bytes(event.encoded_dataset())
         return SUCCESS
 
-    ae = AE(ae_title="DEMOPACS")
-    ae.add_supported_context(MRImageStorage)
-    server = ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, store)])
+    offers = [(str(MRImageStorage), PLAIN_SYNTAXES)]
+    entity = accepting_entity("DEMOPACS", offers, allowed_calling_aes=(), max_associations=4)
+    server = entity.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, store)])
     if server is None or server.socket is None:
         raise DemoError("the destination did not start")
     try:

@@ -19,6 +19,15 @@ from pydicom.uid import UID
 from sqlalchemy.exc import SQLAlchemyError
 
 from service.core.dicom.accepted import DAMAGE
+from service.core.dicom.status import (
+    INVALID_ARGUMENT,
+    NO_SUCH_ACTION,
+    NO_SUCH_EVENT_TYPE,
+    NO_SUCH_OBJECT_INSTANCE,
+    PROCESSING_FAILURE,
+    RESOURCE_LIMITATION,
+    SUCCESS,
+)
 from service.core.telemetry import Fields, Log
 
 PUSH_MODEL = UID("1.2.840.10008.1.20.1")  # SOP class, PS3.4 table J.3-1
@@ -28,26 +37,6 @@ ALL_COMMITTED, FAILURES_EXIST = 1, 2  # Event Type ID
 MOST_REFERENCES = 100_000  # a request for more is a mistake, or an attack
 LONGEST_MESSAGE_BYTES = 1 << 25  # about 200 bytes an instance
 
-# Status of a response (PS3.7 annex C), and Failure Reason (0008,1197) of one instance (PS3.3 C.14.1.1).
-SUCCESS = 0x0000
-PROCESSING_FAILURE = 0x0110
-NO_SUCH_OBJECT_INSTANCE = 0x0112
-NO_SUCH_EVENT_TYPE = 0x0113
-INVALID_ARGUMENT = 0x0115
-CLASS_INSTANCE_CONFLICT = 0x0119
-SOP_CLASS_NOT_SUPPORTED = 0x0122
-NO_SUCH_ACTION = 0x0123
-NOT_AUTHORISED = 0x0124
-DUPLICATE_TRANSACTION = 0x0131
-RESOURCE_LIMITATION = 0x0213
-WORDS = {
-    PROCESSING_FAILURE: "processing failure",
-    NO_SUCH_OBJECT_INSTANCE: "no such object instance",
-    CLASS_INSTANCE_CONFLICT: "class and instance do not fit",
-    SOP_CLASS_NOT_SUPPORTED: "SOP class not supported",
-    DUPLICATE_TRANSACTION: "duplicate transaction UID",
-    RESOURCE_LIMITATION: "resource limitation",
-}
 _UID = re.compile(r"[0-9.]{1,64}")
 
 

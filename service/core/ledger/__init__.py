@@ -49,14 +49,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
-from service.core.dicom.commitment import (
-    CLASS_INSTANCE_CONFLICT,
-    INVALID_ARGUMENT,
-    MessageError,
-    Reference,
-    Report,
-    Request,
-)
+from service.core.dicom.commitment import MessageError, Reference, Report, Request
+from service.core.dicom.status import CLASS_INSTANCE_CONFLICT, INVALID_ARGUMENT
 from service.core.errors import Reason
 from service.core.job import TRANSITIONS, Job, JobOptions, Stage, State
 from service.core.ledger import schema
