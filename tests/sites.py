@@ -134,6 +134,10 @@ class Site:
         job, _ = intake.start(uid(0, "study"), JobOptions(destinations=destinations), "dimse:MR")
         return job.id
 
+    def asked_of_the_ledger(self) -> Counter[str]:
+        """How often the worker called each method, without heartbeats: how many there are depends on the time."""
+        return Counter({name: calls for name, calls in self.counted.calls.items() if name != "jobs.heartbeat"})
+
     def job(self, job_id: str) -> Job:
         job = self.ledger.jobs.get(job_id)
         assert job is not None

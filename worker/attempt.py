@@ -38,7 +38,10 @@ class Attempts:
 
     @contextmanager
     def at(self, job: Job) -> Iterator[Lease]:
-        """Hold a job, in the state in which it was claimed, until the block ends; no error leaves the block."""
+        """Hold a job, in the state in which it was claimed, until the block ends.
+
+        No error leaves the block, except where it cannot be noted: then the lease runs out, and the sweep notices.
+        """
         with Lease(self.ledger, job, self.settings.lease_seconds) as lease:
             try:
                 yield lease

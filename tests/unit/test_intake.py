@@ -238,6 +238,21 @@ def test_a_job_whose_worker_died_is_tried_again_after_a_pause_and_fails_at_last(
     assert site.messages() == []
 
 
+def test_however_often_its_worker_is_lost_a_job_is_tried_again_within_minutes(site: Site) -> None:
+    site.settings = site.settings.model_copy(update={"max_attempts": 12})
+    site.intake, pauses = site.restarted(), []
+    site.receive(PRE + LOW)
+    [job] = site.sweep_after(site.settings.settle_seconds)
+    for _ in range(10):
+        assert site.ledger.jobs.claim(job.id, "worker", site.settings.lease_seconds) is not None
+        [seen] = site.sweep_after(site.settings.lease_seconds)
+        assert seen.due_at is not None
+        pauses.append((seen.due_at - site.clock.now).total_seconds())
+        site.clock.advance(pauses[-1])
+    assert pauses[0] <= site.settings.retry_seconds < pauses[2]
+    assert max(pauses) <= 600
+
+
 def test_old_studies_are_forgotten_with_their_bytes_and_results(site: Site, tmp_path: Path) -> None:
     site.receive(PRE + LOW)
     [job] = site.sweep_after(site.settings.settle_seconds)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import itertools
+import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from threading import Barrier
 from typing import TypeVar
 
@@ -22,9 +24,19 @@ from sqlalchemy.pool import Pool
 from service.core.dicom.commitment import Reference, Report
 from service.core.errors import Reason
 from service.core.job import TRANSITIONS, Job, JobOptions, Stage, State
-from service.core.ledger import Added, Delivery, DeliveryStatus, Instance, Ledger, Noted, schema
+from service.core.ledger import (
+    Added,
+    Delivery,
+    DeliveryStatus,
+    Instance,
+    Ledger,
+    LedgerError,
+    LedgerUnavailableError,
+    Noted,
+    schema,
+)
 from tests.conftest import Clock
-from tests.peers import MR_IMAGE_STORAGE, wait_until
+from tests.peers import MR_IMAGE_STORAGE, free_port, wait_until
 
 T = TypeVar("T")
 
@@ -153,6 +165,38 @@ def test_a_ledger_opened_again_still_knows_everything(database_url: str) -> None
         job = a_job(first)
     with Ledger.open(database_url) as second:
         assert second.jobs.get(job.id) == job
+
+
+@pytest.mark.parametrize("mode", [None, 0o644, 0o666])
+def test_the_file_of_the_ledger_is_for_its_owner_alone_whatever_it_was_before(tmp_path: Path, mode: int | None) -> None:
+    url, files = f"sqlite:///{tmp_path / 'ledger.sqlite'}", ["ledger.sqlite", "ledger.sqlite-shm", "ledger.sqlite-wal"]
+    with Ledger.open(url) as earlier:
+        a_job(earlier)
+        if mode is not None:
+            for file in files:
+                (tmp_path / file).chmod(mode)
+        with Ledger.open(url) as ledger:
+            a_job(ledger, 2)
+            assert sorted(path.name for path in tmp_path.iterdir()) == files
+            assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o600}
+
+
+def test_a_database_that_is_away_is_told_from_one_that_refuses(tmp_path: Path) -> None:
+    with pytest.raises(LedgerUnavailableError):
+        Ledger.open(f"postgresql+psycopg://nobody@127.0.0.1:{free_port()}/lowgad")
+    (tmp_path / "ledger.sqlite").mkdir()
+    with pytest.raises(LedgerUnavailableError):
+        Ledger.open(f"sqlite:///{tmp_path / 'ledger.sqlite'}")
+    with pytest.raises(LedgerError) as refused:
+        Ledger.open("no-such-database://")
+    assert not isinstance(refused.value, LedgerUnavailableError)
+
+
+def test_an_error_of_the_database_names_its_kind_and_quotes_nothing(ledger: Ledger) -> None:
+    with pytest.raises(LedgerError) as caught:
+        ledger.received.add(an_instance(series_uid=None, source="Doe^Jane"))
+    assert type(caught.value) is LedgerError
+    assert str(caught.value) == "IntegrityError"
 
 
 # --- instances --------------------------------------------------------------------------------------------------------
@@ -506,6 +550,53 @@ def test_a_postponed_delivery_is_due_at_its_moment_and_not_before(ledger: Ledger
     assert ledger.jobs.due(0) == []
     clock.advance(30)
     assert [found.id for found in ledger.jobs.due(0)] == [job.id]
+
+
+def test_a_delivery_that_failed_and_is_postponed_stands_in_the_history(ledger: Ledger, clock: Clock) -> None:
+    job = a_result(ledger, *deliveries("1"))
+    claimed = ledger.deliveries.claim(job.id, "worker", 600)
+    assert claimed is not None
+    why = Reason.DESTINATION_UNREACHABLE, "connection refused"
+    ledger.deliveries.postpone(claimed.job, clock.now, *why, actor="worker:1", progress=0.0)
+    last = ledger.jobs.history(job.id)[-1]
+    assert (last.from_state, last.to_state) == (State.DELIVERING, State.DELIVERING)
+    assert (last.reason, last.detail) == why
+    assert (last.actor, last.attempt) == ("worker:1", claimed.job.attempt)
+    ledger.deliveries.postpone(replace(claimed.job, attempt=0), clock.now, *why, actor="given up")
+    assert ledger.jobs.history(job.id)[-1] == last
+
+
+def test_what_was_said_of_a_cancelled_delivery_is_kept_and_tells_to_stop(ledger: Ledger) -> None:
+    job = a_result(ledger, *deliveries("1", "2"))
+    claimed = ledger.deliveries.claim(job.id, "worker", 60)
+    assert claimed is not None
+    ledger.jobs.cancel(job.id, "operator")
+    assert not ledger.deliveries.record(
+        job.id, "pacs", "2.25.1", DeliveryStatus.SENT, attempt=claimed.job.attempt, dimse_status=0
+    )
+    assert [row.status for row in ledger.deliveries.of_job(job.id)] == [DeliveryStatus.SENT, DeliveryStatus.PENDING]
+
+
+def test_a_claim_brings_every_row_of_the_delivery_along(ledger: Ledger) -> None:
+    job = a_result(ledger, *deliveries("1", "2"))
+    claimed = ledger.deliveries.claim(job.id, "worker", 60)
+    assert claimed is not None
+    assert claimed.deliveries == ledger.deliveries.of_job(job.id)
+
+
+def test_the_progress_of_a_job_is_true_when_it_is_delivered_and_when_it_waits_again(ledger: Ledger) -> None:
+    job = a_result(ledger, *deliveries("1"))
+    claimed = ledger.deliveries.claim(job.id, "worker", 60)
+    assert claimed is not None
+    assert ledger.jobs.heartbeat(claimed.job, Stage.DELIVER, 0.98, lease_seconds=60)
+    done = ledger.deliveries.finish(job.id, claimed.job.attempt, actor="worker", committing={})
+    again = ledger.deliveries.resend(job.id, "operator")
+    ledger.jobs.move(job.id, [State.DELIVERING], State.DELIVERED, actor="worker")
+    anew = ledger.jobs.rerun(job.id, "operator")
+    assert done is not None
+    assert again is not None
+    assert anew is not None
+    assert (done.progress, again.progress, anew.progress) == (1.0, 0.0, 0.0)
 
 
 def test_leases_are_kept_by_the_clock_of_the_server(postgres_url: str) -> None:

@@ -329,6 +329,43 @@ def test_an_archive_that_is_down_is_tried_again_until_the_attempts_are_used_up(t
     site.ledger.close()
 
 
+def test_one_delivery_asks_the_ledger_twice_and_once_for_every_instance(sending: Callable[..., Site]) -> None:
+    with running_scp() as scp:
+        site = sending(scp)
+        job_id = site.new_job("pacs")
+        site.worker.process(job_id)
+        site.counted.calls.clear()
+        site.worker.deliver(job_id)
+    assert site.job(job_id).state is State.DELIVERED
+    calls = site.asked_of_the_ledger()
+    assert calls.pop("deliveries.record") == len(scp.received) == 4
+    assert calls == {"deliveries.claim": 1, "deliveries.finish": 1}
+
+
+def test_the_progress_of_a_delivery_that_failed_says_how_much_was_sent(sending: Callable[..., Site]) -> None:
+    with running_scp(statuses=[0x0000, 0xC001]) as scp:
+        site = sending(scp)
+        job_id = site.new_job("pacs")
+        site.worker.process(job_id)
+        site.worker.deliver(job_id)
+    assert (site.job(job_id).state, site.job(job_id).progress) == (State.FAILED, 0.75)
+
+
+def test_tries_are_counted_for_the_operator_and_not_called_attempts(tmp_path: Path, clock: Clock) -> None:
+    site = Site(tmp_path, clock, free_port(), delivery_max_attempts=4)
+    job_id = site.new_job("pacs")
+    site.worker.process(job_id)
+    for _ in range(4):
+        site.worker.deliver(job_id)
+    failed = site.ledger.jobs.history(job_id)[-4:]
+    assert [step.to_state for step in failed] == [State.DELIVERING] * 3 + [State.FAILED]
+    assert [step.detail.partition(":")[0] for step in failed] == [f"try {number} of 4" for number in (1, 2, 3, 4)]
+    assert [step.attempt for step in failed] == [2, 3, 4, 5]  # the first one computed
+    assert {step.reason for step in failed} == {Reason.DESTINATION_UNREACHABLE}
+    assert "attempt" not in "".join(step.detail for step in failed)
+    site.ledger.close()
+
+
 def test_refused_instances_fail_the_job_and_a_resend_sends_only_them(sending: Callable[..., Site]) -> None:
     with running_scp(statuses=[0x0000, 0xC001]) as scp:
         site = sending(scp)

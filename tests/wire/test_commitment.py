@@ -181,6 +181,43 @@ def test_a_report_on_the_association_of_the_request_is_taken(make_site: Callable
     assert {item.sop_class_uid for item in request.references} == {MR_IMAGE_STORAGE}
 
 
+def test_a_delivery_with_storage_commitment_asks_the_ledger_five_times_and_once_for_every_instance(
+    make_site: Callable[..., Site],
+) -> None:
+    with running_archive(on_same_association=True) as archive:
+        site = make_site(archive.port, destination={"commitment_wait_seconds": 10})
+        job_id = site.new_job("pacs")
+        site.worker.process(job_id)
+        site.counted.calls.clear()
+        site.worker.deliver(job_id)
+    assert site.job(job_id).state is State.COMMITTED
+    calls = site.asked_of_the_ledger()
+    assert calls.pop("deliveries.record") == len(archive.received) == 4
+    del calls["commitments.get"]  # once a second, while an answer may come on another association
+    assert calls == {
+        "deliveries.claim": 1,
+        "deliveries.finish": 1,
+        "commitments.claim": 1,
+        "commitments.ask": 1,
+        "commitments.answer": 1,
+    }
+
+
+def test_an_answer_on_another_association_ends_the_waiting(make_site: Callable[..., Site]) -> None:
+    with running_archive() as archive:
+        site = make_site(archive.port, destination={"commitment_wait_seconds": 60})
+        job_id = site.new_job("pacs")
+        site.worker.process(job_id)
+        waiting = threading.Thread(target=site.worker.deliver, args=(job_id,))
+        waiting.start()
+        wait_until(lambda: archive.requests, what="the request")
+        with listening(site) as (port, _):
+            assert call_with_report(port, archive.report(archive.requests[0])) == 0x0000
+        waiting.join(20)
+        assert not waiting.is_alive()
+    assert (site.job(job_id).state, site.job(job_id).detail) == (State.COMMITTED, "")
+
+
 def test_without_storage_commitment_delivered_is_final(make_site: Callable[..., Site]) -> None:
     with running_archive() as archive:
         site = make_site(archive.port, destination={"storage_commitment": False})

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from service.core.queue import DELIVER, PROCESS, is_reachable, make_celery, send
+from service.core.job import JobOptions
+from service.core.ledger import Ledger
+from service.core.queue import DELIVER, PROCESS, enqueue, is_reachable, make_celery, send
 from service.core.settings import Settings
+from tests.conftest import Clock
 from tests.peers import free_port, wait_until
 
 # A worker as small as can be: it writes down which job ids it was given.
@@ -84,6 +87,18 @@ def test_a_broker_that_is_away_is_reported_and_raises_nothing() -> None:
     app = make_celery(Settings(broker_url=f"redis://127.0.0.1:{free_port()}/0"))
     assert not is_reachable(app)
     assert not send(app, PROCESS, "job")
+
+
+def test_what_was_enqueued_is_noted_in_the_ledger_and_what_was_not_is_due_again(tmp_path: Path, clock: Clock) -> None:
+    settings = Settings(data_dir=tmp_path)
+    away = settings.model_copy(update={"broker_url": f"redis://127.0.0.1:{free_port()}/0"})
+    with Ledger.open(settings.ledger_url, clock) as ledger:
+        job, _ = ledger.jobs.create("1.2.3", [], JobOptions(), "rest")
+        assert not enqueue(make_celery(away), ledger, job)
+        assert ledger.jobs.due(60) == [job]
+        assert enqueue(make_celery(settings), ledger, job)
+        assert ledger.jobs.due(60) == []
+    assert len(list(settings.broker_dir.glob("*.process.msg"))) == 1
 
 
 def test_a_broker_that_answers_is_reachable(settings: Settings) -> None:
