@@ -80,7 +80,7 @@ def listen(*, supervised: bool) -> None:
     from service.core import telemetry
     from service.core.queue import make_celery
     from service.core.spool import Spool
-    from service.dicom.commitment import Commitment
+    from service.dicom.commitment import StorageCommitment
     from service.dicom.listener import Listener
     from service.intake import Intake
     from service.supervisor import report_ready
@@ -90,7 +90,7 @@ def listen(*, supervised: bool) -> None:
     spool = Spool(settings.spool_dir, settings.disk_low_bytes)
     with _open_ledger(settings) as ledger:
         intake = Intake(settings, ledger, spool, make_celery(settings))
-        commitment = Commitment(settings, ledger, spool)
+        commitment = StorageCommitment(settings, ledger, spool)
         listener = Listener(settings, intake, spool, commitment)
         try:
             port = listener.start()
@@ -412,13 +412,11 @@ def _settings(environ: Mapping[str, str]) -> Settings:
 
 
 def _open_ledger(settings: Settings) -> Ledger:
-    from sqlalchemy.exc import SQLAlchemyError
-
-    from service.core.ledger import Ledger
+    from service.core.ledger import Ledger, LedgerError
 
     try:
         return Ledger.open(settings.ledger_url)
-    except (SQLAlchemyError, OSError) as error:
+    except (LedgerError, OSError) as error:
         raise click.ClickException(f"the database cannot be opened ({type(error).__name__})") from None
 
 

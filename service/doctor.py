@@ -10,13 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from service.core.association import PLAIN_SYNTAXES, VERIFICATION, associated
 from service.core.dicom.commitment import PUSH_MODEL
 from service.core.dicom.status import SUCCESS
 from service.core.errors import Permanent, Retryable
-from service.core.ledger import Ledger
+from service.core.ledger import Ledger, LedgerError
 from service.core.queue import is_reachable, make_celery
 from service.core.settings import Destination, Settings
 from service.core.spool import Spool
@@ -71,8 +69,8 @@ def examine(to_check: Sequence[Check]) -> Iterator[Finding]:
 def _database(settings: Settings) -> str:
     try:
         with Ledger.open(settings.ledger_url) as ledger:
-            waiting = sum(ledger.counts().values())
-    except (SQLAlchemyError, OSError) as error:
+            waiting = sum(ledger.jobs.counts().values())
+    except (LedgerError, OSError) as error:
         raise CheckFailedError(f"cannot be opened ({type(error).__name__}); see database_url and data_dir") from None
     return f"tables are up to date, {waiting} jobs"
 
@@ -99,8 +97,8 @@ def _broker(settings: Settings) -> str:
 def _reports(settings: Settings) -> str:
     try:
         with Ledger.open(settings.ledger_url) as ledger:
-            overdue = ledger.overdue_requests(OVERDUE_SECONDS + settings.sweep_seconds)
-    except (SQLAlchemyError, OSError) as error:
+            overdue = ledger.requests.overdue(OVERDUE_SECONDS + settings.sweep_seconds)
+    except (LedgerError, OSError) as error:
         raise CheckFailedError(f"cannot be told without the database ({type(error).__name__})") from None
     if overdue:
         raise CheckFailedError(

@@ -15,14 +15,15 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 
 from celery import Celery
-from sqlalchemy.exc import SQLAlchemyError
 
+from service.core.actor import INTAKE
 from service.core.dicom.series import HeaderSummary, find_pair
 from service.core.dicom.site_rules import role_of
 from service.core.errors import Reason
 from service.core.job import Job, JobOptions, State
-from service.core.ledger import Added, Instance, Ledger, WaitingStudy
+from service.core.ledger import Added, Instance, Ledger, LedgerError, WaitingStudy
 from service.core.queue import enqueue
+from service.core.retry import computing
 from service.core.settings import Settings
 from service.core.spool import Spool
 from service.core.telemetry import Log, pseudonym
@@ -30,7 +31,6 @@ from service.objects import DicomObject
 
 LOG = Log("intake")
 TIDY_SECONDS = 3600.0
-ACTOR = "intake"
 
 
 class Intake:
@@ -62,7 +62,7 @@ class Intake:
 
         Raises:
             OSError: the disk is full or broken.
-            sqlalchemy.exc.SQLAlchemyError: the database did not take it. The sender must be told to try again.
+            LedgerError: the database did not take it. The sender must be told to try again.
         """
         stored = self._spool.put(received.chunks)
         summary = replace(received.summary, role=role_of(self._settings.protocols, received.names))
@@ -78,7 +78,7 @@ class Intake:
             source=source,
             summary=summary.to_json(),
         )
-        return self._ledger.add_instance(instance)
+        return self._ledger.received.add(instance)
 
     def start(self, study_uid: str, options: JobOptions, source: str, actor: str = "") -> tuple[Job, bool]:
         """Start a job over what has arrived of a study, without waiting for more.
@@ -93,21 +93,21 @@ class Intake:
             The job, and whether it is new; the same input and options give the same job, and so does a look at the
             study that somebody else's was later than.
         """
-        instances = self._ledger.instances(study_uid)
+        instances = self._ledger.received.of_study(study_uid)
         chosen, _ = _choose(instances, options)
-        job, created = self._ledger.create_job(study_uid, chosen, options, source, instances, actor=actor)
+        job, created = self._ledger.jobs.create(study_uid, chosen, options, source, instances, actor=actor)
         if created:
             LOG.info("job created", job_id=job.id, study=pseudonym(study_uid), count=len(chosen), actor=actor or source)
-            self._enqueue(job)
+            enqueue(self._queue, self._ledger, job)
         return job, created
 
     def sweep(self) -> None:
         """One look at everything that may need something: studies, jobs that were given up, lost messages, old data."""
-        for study in self._ledger.studies_waiting():
+        for study in self._ledger.received.waiting():
             if self._is_ready(study):
                 options = JobOptions(engine=self._settings.engine, destinations=self._settings.default_destinations)
-                self.start(study.study_uid, options, self._ledger.instances(study.study_uid)[-1].source)
-        for job in self._ledger.expired():
+                self.start(study.study_uid, options, self._ledger.received.of_study(study.study_uid)[-1].source)
+        for job in self._ledger.jobs.expired():
             self._give_up_attempt(job)
         self._enqueue_due()
         self._tidy()
@@ -117,7 +117,7 @@ class Intake:
         while not stop.is_set():
             try:
                 self.sweep()
-            except (SQLAlchemyError, OSError) as error:
+            except (LedgerError, OSError) as error:
                 LOG.failure("sweep failed; it will be repeated", error)
             stop.wait(self._settings.sweep_seconds)
 
@@ -127,7 +127,7 @@ class Intake:
             return True
         if silence < self._settings.settle_seconds or self._seen_unready.get(study.study_uid) == study.instances:
             return False
-        _, is_pair = _choose(self._ledger.instances(study.study_uid), JobOptions())
+        _, is_pair = _choose(self._ledger.received.of_study(study.study_uid), JobOptions())
         if is_pair:
             self._seen_unready.pop(study.study_uid, None)
         else:
@@ -139,30 +139,23 @@ class Intake:
         if job.tries >= self._settings.max_attempts:
             to, reason, due_at = State.FAILED, Reason.ATTEMPTS_EXHAUSTED, None
         else:
-            pause = self._settings.retry_seconds * 2 ** (job.tries - 1)
-            to, reason, due_at = State.QUEUED, None, self._clock() + timedelta(seconds=pause)
+            due_at = self._clock() + computing(self._settings).pause(job.tries)
+            to, reason = State.QUEUED, None
         detail = f"{job.worker} was silent for longer than its lease"
-        moved = self._ledger.move(
-            job.id, [State.RUNNING], to, actor=ACTOR, reason=reason, detail=detail, attempt=job.attempt, due_at=due_at
+        moved = self._ledger.jobs.move(
+            job.id, [State.RUNNING], to, actor=INTAKE, reason=reason, detail=detail, attempt=job.attempt, due_at=due_at
         )
         if moved:
             LOG.warning("worker lost its job", job_id=job.id, state=to.value, attempt=job.attempt, actor=job.worker)
 
     def _enqueue_due(self) -> None:
-        for job in self._ledger.due(self._settings.requeue_seconds):
+        for job in self._ledger.jobs.due(self._settings.requeue_seconds):
             if job.state is State.DELIVERING and job.tries >= self._settings.delivery_max_attempts:
-                self._ledger.move(
-                    job.id, [State.DELIVERING], State.FAILED, actor=ACTOR, reason=Reason.ATTEMPTS_EXHAUSTED
+                self._ledger.jobs.move(
+                    job.id, [State.DELIVERING], State.FAILED, actor=INTAKE, reason=Reason.ATTEMPTS_EXHAUSTED
                 )
-            elif not self._enqueue(job):
+            elif not enqueue(self._queue, self._ledger, job):
                 return  # the broker is away: the others would not get through either
-
-    def _enqueue(self, job: Job) -> bool:
-        if taken := enqueue(self._queue, job):
-            self._ledger.mark_enqueued(job.id)
-        else:
-            LOG.warning("the broker did not take the job; it stays in the ledger", job_id=job.id)
-        return taken
 
     def _tidy(self) -> None:
         """Once in a while: what is older than the retention is forgotten, and bytes that nobody knows are deleted."""
@@ -171,10 +164,10 @@ class Intake:
             return
         self._tidied_at = now
         retention = timedelta(days=self._settings.retention_days)
-        forgotten = self._ledger.forget(now - retention, self._settings.committing)
+        forgotten = self._ledger.retention.forget(now - retention, self._settings.committing)
         deleted = self._spool.sweep_up(
-            self._ledger.holds,
-            lambda job_id: self._ledger.job(job_id) is not None,
+            self._ledger.received.holds,
+            lambda job_id: self._ledger.jobs.get(job_id) is not None,
             unfinished_seconds=TIDY_SECONDS,
             kept_seconds=max(TIDY_SECONDS, retention.total_seconds()),
         )

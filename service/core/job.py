@@ -98,7 +98,7 @@ class Job:
     created_at: datetime  # UTC, timezone-aware
     updated_at: datetime
     stage: Stage | None = None
-    progress: float = 0.0  # 0..1 over the whole job
+    progress: float = 0.0  # 0..1 of computing the job; from the first delivery on, how much of everything is sent
     reason: Reason | None = None
     detail: str = ""
     source: str = ""  # "dimse:CALLING_AE" or "rest"

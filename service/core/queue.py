@@ -19,7 +19,11 @@ from kombu.exceptions import OperationalError
 from kombu.transport import TRANSPORT_ALIASES, filesystem
 
 from service.core.job import Job, State
+from service.core.ledger import Ledger
 from service.core.settings import EMBEDDED_BROKER, Settings
+from service.core.telemetry import Log
+
+LOG = Log("queue")
 
 PROCESS, DELIVER = "process", "deliver"  # names of the tasks, and of the queues they travel in
 BROKER_ANSWERS_WITHIN_SECONDS = 3
@@ -53,24 +57,30 @@ def make_celery(settings: Settings) -> Celery:
     return app
 
 
-def enqueue(app: Celery, job: Job) -> bool:
-    """Hand the job to the queue that its state calls for.
+def enqueue(app: Celery, ledger: Ledger, job: Job) -> bool:
+    """Hand a job to the queue that its state calls for, and note in the ledger that this was done.
 
     Returns:
-        False when the broker did not take it; the sweep will try again. Tell the ledger (`mark_enqueued`) when True.
+        False when the broker did not take it: the job stays in the ledger, and the sweep will try again.
+
+    Raises:
+        LedgerError: the message is sent and not noted; it will be sent again, which does no harm.
     """
-    to_send = job.state in {State.DELIVERING, State.DELIVERED}
-    return enqueue_deliver(app, job.id) if to_send else enqueue_process(app, job.id)
+    task = DELIVER if job.state in {State.DELIVERING, State.DELIVERED} else PROCESS
+    if not send(app, task, job.id):
+        LOG.warning("the broker did not take the job; it stays in the ledger", job_id=job.id)
+        return False
+    ledger.jobs.mark_enqueued(job.id)
+    return True
 
 
-def enqueue_process(app: Celery, job_id: str) -> bool:
-    """Ask for a QUEUED job to be computed; False when the broker did not take the message."""
-    return _send(app, PROCESS, job_id)
-
-
-def enqueue_deliver(app: Celery, job_id: str) -> bool:
-    """Ask for a DELIVERING job to be sent; False when the broker did not take the message."""
-    return _send(app, DELIVER, job_id)
+def send(app: Celery, task: str, job_id: str) -> bool:
+    """Put a message into the queue of a task; False when the broker did not take it."""
+    try:
+        app.send_task(task, args=[job_id], retry=False)
+    except (OperationalError, OSError):
+        return False
+    return True
 
 
 def is_reachable(app: Celery) -> bool:
@@ -78,14 +88,6 @@ def is_reachable(app: Celery) -> bool:
     try:
         with app.connection_for_write() as connection:
             connection.ensure_connection(max_retries=1, interval_start=0, timeout=BROKER_ANSWERS_WITHIN_SECONDS)
-    except (OperationalError, OSError):
-        return False
-    return True
-
-
-def _send(app: Celery, task: str, job_id: str) -> bool:
-    try:
-        app.send_task(task, args=[job_id], retry=False)
     except (OperationalError, OSError):
         return False
     return True

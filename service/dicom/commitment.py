@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from pynetdicom import AE, evt
 from pynetdicom.association import Association
 from pynetdicom.events import EventHandlerType
 
+from service.core import actor
 from service.core.association import PLAIN_SYNTAXES, associated
 from service.core.dicom.commitment import (
     PUSH_MODEL,
@@ -37,7 +38,8 @@ from service.core.dicom.status import (
     SUCCESS,
 )
 from service.core.errors import LowgadError
-from service.core.ledger import CommitmentRequest, Ledger
+from service.core.ledger import CommitmentRequest, Ledger, LedgerError
+from service.core.retry import sending
 from service.core.settings import CommitmentRequestor, Settings
 from service.core.spool import Spool
 from service.core.telemetry import Fields, Log
@@ -47,10 +49,9 @@ LOG = Log("commitment")
 ANSWER_SECONDS = 30.0  # to one report
 CLAIM_SECONDS = 300.0  # for reading the instances back and sending one report
 MOST_TRIES = 12  # of one report
-ACTOR = "listener"
 
 
-class Commitment:
+class StorageCommitment:
     """What the listener does about storage commitment. Safe to share between its threads.
 
     Args:
@@ -93,7 +94,7 @@ class Commitment:
 
     def report_due(self) -> None:
         """Send every report that is due."""
-        while request := self._ledger.claim_request(CLAIM_SECONDS):
+        while request := self._ledger.requests.claim(CLAIM_SECONDS):
             self._report(request)
 
     # --- what arrives -------------------------------------------------------------------------------------------------
@@ -102,11 +103,11 @@ class Commitment:
         """N-ACTION: somebody asks us to keep what it sent."""
         peer = _peer(event)
         ae_title = peer["ae_title"]
-        with answering(LOG, **peer) as answer:
+        with answering(LOG, LedgerError, **peer) as answer:
             if self._requestor(ae_title) is None:
                 raise MessageError(NOT_AUTHORISED, "this AE title is not among commitment_requestors")
             request = request_in(event)
-            if not self._ledger.add_request(ae_title, request):
+            if not self._ledger.requests.add(ae_title, request):
                 raise MessageError(INVALID_ARGUMENT, "this transaction is known with other instances")
             LOG.info("asked for storage commitment", ae_title=ae_title, count=len(request.references))
         return answer[0], None
@@ -115,9 +116,9 @@ class Commitment:
         """N-EVENT-REPORT: an archive says what it keeps of our results."""
         peer = _peer(event)
         ae_title = peer["ae_title"]
-        with answering(LOG, **peer) as answer:
+        with answering(LOG, LedgerError, **peer) as answer:
             report, asked = report_in(event), self._settings.reported_by(ae_title)
-            noted = self._ledger.answer_commitment(report, asked, actor=f"dimse:{ae_title}")
+            noted = self._ledger.commitments.answer(report, asked, actor=actor.peer(ae_title))
             counts = {"storage committed": noted.committed, "storage commitment refused": noted.refused}
             for words, count in counts.items():
                 if count:
@@ -134,24 +135,23 @@ class Commitment:
         requestor = self._requestor(request.ae_title)
         if requestor is None:
             LOG.warning("commitment not reported: no longer among commitment_requestors", ae_title=request.ae_title)
-            self._ledger.settle_request(request, None)
+            self._ledger.requests.settle(request, None)
             return
         if request.tries > MOST_TRIES:
             LOG.warning("commitment report given up: it ended in an error every time", ae_title=request.ae_title)
-            self._ledger.settle_request(request, None)
+            self._ledger.requests.settle(request, None)
             return
         status = self._send(self._judge(request), requestor)
         if status is None and request.tries < MOST_TRIES:
-            longest, first = self._settings.delivery_retry_max_seconds, self._settings.delivery_retry_seconds
-            pause = timedelta(seconds=min(longest, first * 2.0 ** (request.tries - 1)))
+            pause = sending(self._settings).pause(request.tries)
             LOG.warning("commitment not reported; it will be tried again", ae_title=request.ae_title)
-            self._ledger.settle_request(request, self._clock() + pause)
+            self._ledger.requests.settle(request, self._clock() + pause)
             return
         if status == SUCCESS:
             LOG.info("commitment reported", ae_title=request.ae_title, count=len(request.references))
         else:
             LOG.warning("commitment report given up", ae_title=request.ae_title, status=status or 0)
-        self._ledger.settle_request(request, None)
+        self._ledger.requests.settle(request, None)
 
     def _judge(self, request: CommitmentRequest) -> Report:
         reasons = {reference: self._why_not(reference) for reference in request.references}
@@ -161,7 +161,7 @@ class Commitment:
 
     def _why_not(self, reference: Reference) -> int | None:
         """The Failure Reason for an instance that we cannot commit to; None: ledger and spool hold it whole."""
-        known = self._ledger.instance(reference.sop_instance_uid)
+        known = self._ledger.received.get(reference.sop_instance_uid)
         if known is None:
             return NO_SUCH_OBJECT_INSTANCE
         if known.sop_class_uid != reference.sop_class_uid:

@@ -21,8 +21,8 @@ from pynetdicom import evt
 from pynetdicom.association import Association
 from pynetdicom.events import EventHandlerType
 from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
-from sqlalchemy.exc import SQLAlchemyError
 
+from service.core import actor
 from service.core.association import PLAIN_SYNTAXES, VERIFICATION, accepting_entity
 from service.core.dicom.accepted import SOP_CLASSES, TRANSFER_SYNTAXES
 from service.core.dicom.status import (
@@ -35,11 +35,11 @@ from service.core.dicom.status import (
     UNEXPECTED,
 )
 from service.core.errors import Permanent, Reason
-from service.core.ledger import Added
+from service.core.ledger import Added, LedgerError
 from service.core.settings import Settings
 from service.core.spool import Spool
 from service.core.telemetry import Log, pseudonym
-from service.dicom.commitment import Commitment
+from service.dicom.commitment import StorageCommitment
 from service.intake import Intake
 from service.objects import DicomObject, from_wire
 
@@ -60,7 +60,7 @@ class Listener:
         commitment: what is negotiated and done about storage commitment.
     """
 
-    def __init__(self, settings: Settings, intake: Intake, spool: Spool, commitment: Commitment) -> None:
+    def __init__(self, settings: Settings, intake: Intake, spool: Spool, commitment: StorageCommitment) -> None:
         self._settings, self._intake, self._spool, self._commitment = settings, intake, spool, commitment
         self._server: _Server | None = None
 
@@ -112,12 +112,12 @@ class Listener:
     def _answer_store(self, event: Any) -> int | Dataset:  # pynetdicom has no types
         peer = {"ae_title": str(event.assoc.requestor.ae_title).strip(), "peer": event.assoc.requestor.address}
         try:
-            return self._store(event, f"dimse:{peer['ae_title']}", **peer)
+            return self._store(event, actor.peer(peer["ae_title"]), **peer)
         except Permanent as error:
             status = NOT_SUPPORTED if error.reason is Reason.UNSUPPORTED_OBJECT else NOT_UNDERSTOOD
             LOG.warning("object refused", status=status, reason=error.reason.name, **peer)
             return _status(status, error.detail)
-        except (OSError, SQLAlchemyError) as error:
+        except (OSError, LedgerError) as error:
             # Both pass: the sender keeps the object and comes again.
             LOG.failure("object not stored", error, status=OUT_OF_RESOURCES, **peer)
             is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC

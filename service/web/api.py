@@ -21,11 +21,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.models import Example
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from sqlalchemy.exc import SQLAlchemyError
 
+from service.core import actor
 from service.core.errors import Permanent, Reason
 from service.core.job import Job, JobOptions, Kind, Stage, State
-from service.core.ledger import Ledger, Transition
+from service.core.ledger import Ledger, LedgerError, Transition
 from service.core.queue import is_reachable
 from service.core.settings import Settings
 from service.core.spool import Spool
@@ -333,7 +333,7 @@ def _jobs(ledger: Ledger, spool: Spool) -> APIRouter:
     archive: Responses = {200: {"content": {"application/zip": {"example": "(zip archive)"}}}}
 
     def known(job_id: str) -> Job:
-        if (job := ledger.job(job_id)) is None:
+        if (job := ledger.jobs.get(job_id)) is None:
             raise UnknownJobError
         return job
 
@@ -343,7 +343,7 @@ def _jobs(ledger: Ledger, spool: Spool) -> APIRouter:
         limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 50,
         before: Annotated[str | None, Query(description="`next` of the previous page")] = None,
     ) -> JobPage:
-        found = ledger.jobs(states=state, limit=limit + 1, before=known(before).id if before else None)
+        found = ledger.jobs.page(states=state, limit=limit + 1, before=known(before).id if before else None)
         more = found[limit - 1].id if len(found) > limit else None
         return JobPage(jobs=[JobOut.of(job) for job in found[:limit]], next=more)
 
@@ -354,7 +354,7 @@ def _jobs(ledger: Ledger, spool: Spool) -> APIRouter:
 
     @router.get("/{job_id}/history", summary="What happened to a job, oldest first", responses=problems.documented(404))
     def history(job_id: str) -> list[Step]:
-        return [Step.of(step) for step in ledger.history(known(job_id).id)]
+        return [Step.of(step) for step in ledger.jobs.history(known(job_id).id)]
 
     @router.get(
         "/{job_id}/result",
@@ -400,7 +400,7 @@ def _actions(ledger: Ledger, queue: Celery, intake: Intake) -> APIRouter:
 
 
 def _actor(request: Request) -> str:
-    return f"rest:{request.client.host if request.client else ''}"
+    return actor.client(request.client.host if request.client else "")
 
 
 def _health(ledger: Ledger, spool: Spool, queue: Celery) -> APIRouter:
@@ -434,7 +434,7 @@ def _health(ledger: Ledger, spool: Spool, queue: Celery) -> APIRouter:
 def _check_database(ledger: Ledger) -> Check:
     try:
         ledger.ping()
-    except SQLAlchemyError as error:
+    except LedgerError as error:
         return Check(ok=False, detail=type(error).__name__)
     return Check(ok=True, detail="")
 

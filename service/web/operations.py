@@ -51,14 +51,14 @@ def act(ledger: Ledger, queue: Celery, job_id: str, action: Action, actor: str) 
         UnknownJobError: no such job.
         NotPossibleError: the state does not allow it (any more).
     """
-    job = ledger.job(job_id)
+    job = ledger.jobs.get(job_id)
     if job is None:
         raise UnknownJobError(job_id)
     changed = _change(ledger, job_id, action, actor)
     if changed is None:
-        raise NotPossibleError(_why_not(ledger.job(job_id) or job, action))
-    if changed.state in {State.QUEUED, State.DELIVERING} and enqueue(queue, changed):
-        ledger.mark_enqueued(job_id)
+        raise NotPossibleError(_why_not(ledger.jobs.get(job_id) or job, action))
+    if changed.state in {State.QUEUED, State.DELIVERING}:
+        enqueue(queue, ledger, changed)
     return changed
 
 
@@ -78,7 +78,7 @@ def rerun_with_series(
         UnknownJobError: no such job.
         NotPossibleError: the job with these series is under way.
     """
-    job = ledger.job(job_id)
+    job = ledger.jobs.get(job_id)
     if job is None:
         raise UnknownJobError(job_id)
     options = replace(job.options, pre_series_uid=pre_series_uid, low_series_uid=low_series_uid)
@@ -94,11 +94,11 @@ def rerun_with_series(
 def _change(ledger: Ledger, job_id: str, action: Action, actor: str) -> Job | None:
     match action:
         case Action.RERUN:
-            return ledger.rerun(job_id, actor)
+            return ledger.jobs.rerun(job_id, actor)
         case Action.RESEND:
-            return ledger.resend(job_id, actor)
+            return ledger.deliveries.resend(job_id, actor)
         case Action.CANCEL:
-            return ledger.cancel(job_id, actor)
+            return ledger.jobs.cancel(job_id, actor)
 
 
 def _why_not(job: Job, action: Action) -> str:

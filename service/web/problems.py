@@ -14,11 +14,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from service.core.errors import LowgadError, Reason
+from service.core.ledger import LedgerError
 from service.web.dashboard.views import error_page
 from service.web.operations import NotPossibleError, UnknownJobError
 
@@ -31,7 +31,7 @@ STATUS_OF_REASON = {
 }
 CONSTANT: dict[type[Exception], tuple[int, str, str]] = {
     UnknownJobError: (404, "NOT_FOUND", "There is no such job."),
-    SQLAlchemyError: (503, "DATABASE_UNAVAILABLE", "The database does not answer. Try again."),
+    LedgerError: (503, "DATABASE_UNAVAILABLE", "The database does not answer. Try again."),
     ClientDisconnect: (400, "BAD_REQUEST", "The client went away before the end of the request."),
     Exception: (500, Reason.INTERNAL_ERROR.name, "An unexpected error; the log has the trace."),
 }

@@ -22,6 +22,7 @@ from typing import IO
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from service.core.actor import REST
 from service.core.dicom.accepted import HEAD_BYTES, SOP_CLASSES, may_be_image
 from service.core.errors import Permanent, Reason
 from service.core.job import Job, JobOptions
@@ -30,7 +31,6 @@ from service.core.settings import Settings
 from service.intake import Intake
 from service.objects import from_file
 
-SOURCE = "rest"
 CHUNK_BYTES = 1 << 20
 MAX_FIELD_BYTES = 4096
 MAX_FIELDS = 32
@@ -215,9 +215,9 @@ def accept(
         unpacked.mkdir()
         study_uid, paths = _examine(list(dicom_files(unpack(upload.files, unpacked, settings))), settings, ledger)
         for path in paths:
-            if intake.admit(from_file(path.read_bytes()), SOURCE) is Added.CONFLICT:
+            if intake.admit(from_file(path.read_bytes()), REST) is Added.CONFLICT:
                 raise Permanent(Reason.INSTANCE_CONFLICT)
-    return intake.start(study_uid, options, SOURCE)
+    return intake.start(study_uid, options, REST)
 
 
 def dicom_files(files: Iterable[Received]) -> Iterator[Received]:
@@ -257,7 +257,7 @@ def _examine(files: Sequence[Received], settings: Settings, ledger: Ledger) -> t
     images = [item for item in seen if item.sop_class_uid in SOP_CLASSES]
     if not images:
         raise Permanent(Reason.NOT_MR, f"{len(seen)} files")
-    if conflicts := ledger.conflicts(images):
+    if conflicts := ledger.received.conflicts(images):
         raise Permanent(Reason.INSTANCE_CONFLICT, f"{conflicts} of {len(images)} images")
     return images[0].study_uid, [item.path for item in images]
 

@@ -86,9 +86,9 @@ class Site:
 
     def run(self, job_id: str, stage: Stage, progress: float) -> int:
         """A worker is at it; the attempt."""
-        running = self.ledger.claim(job_id, "worker:gpu1", 60)
+        running = self.ledger.jobs.claim(job_id, "worker:gpu1", 60)
         assert running is not None
-        assert self.ledger.heartbeat(running, stage, progress, lease_seconds=60)
+        assert self.ledger.jobs.heartbeat(running, stage, progress, lease_seconds=60)
         return running.attempt
 
     def finish(self, job_id: str, attempt: int, instances: int) -> None:
@@ -96,7 +96,7 @@ class Site:
             (folder / "report.json").write_text("{}")
         rows = [Delivery("pacs", uid(job_id, n), "sd", f"sd/{n:04}.dcm", MR_IMAGE_STORAGE) for n in range(instances)]
         report = {"acquisition": {"dose_mmol_per_kg": {"value": 0.025, "source": "tag (0018,1041)"}}}
-        assert self.ledger.finish(job_id, attempt, actor="worker:gpu1", report=report, deliveries=rows)
+        assert self.ledger.jobs.finish(job_id, attempt, actor="worker:gpu1", report=report, deliveries=rows)
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_a_job_is_shown_and_the_page_follows_the_ledger_by_itself(site: Site, pa
     attempt = site.run(job_id, Stage.INFER, 0.62)
     expect_shown(page, "Computing enhancement")
     assert "62 %" in main(page).text
-    site.ledger.move(
+    site.ledger.jobs.move(
         job_id, [State.RUNNING], State.NEEDS_REVIEW, actor="worker", reason=Reason.UNKNOWN_DOSE, attempt=attempt
     )
     expect_shown(page, Reason.UNKNOWN_DOSE.text)
@@ -172,8 +172,8 @@ def test_the_buttons_of_a_job_do_what_they_say(site: Site, page: Chrome) -> None
     expect_shown(page, "Stopped; nothing more will happen")
     page.find_element(By.ID, "do-rerun").click()
     expect_shown(page, "Waiting for a worker")
-    assert [step.to_state for step in site.ledger.history(job_id)] == [State.QUEUED, State.CANCELLED, State.QUEUED]
-    assert site.ledger.history(job_id)[1].actor == "dashboard:127.0.0.1"
+    assert [step.to_state for step in site.ledger.jobs.history(job_id)] == [State.QUEUED, State.CANCELLED, State.QUEUED]
+    assert site.ledger.jobs.history(job_id)[1].actor == "dashboard:127.0.0.1"
 
 
 def test_a_click_that_comes_too_late_is_explained(site: Site, page: Chrome) -> None:
@@ -189,9 +189,9 @@ def test_one_page_tells_everything_about_a_job(site: Site, page: Chrome) -> None
     job_id = site.job()
     attempt = site.run(job_id, Stage.WRITE, 0.9)
     site.finish(job_id, attempt, instances=3)
-    site.ledger.record_delivery(job_id, "pacs", uid(job_id, 0), DeliveryStatus.SENT, attempt=attempt, dimse_status=0)
+    site.ledger.deliveries.record(job_id, "pacs", uid(job_id, 0), DeliveryStatus.SENT, attempt=attempt, dimse_status=0)
     refused = "0xA900 the data set does not match"
-    site.ledger.record_delivery(
+    site.ledger.deliveries.record(
         job_id, "pacs", uid(job_id, 1), DeliveryStatus.FAILED, attempt=attempt, dimse_status=0xA900, error=refused
     )
     page.get(f"{site.url}/jobs/{job_id}")
@@ -212,7 +212,7 @@ def test_opened_details_and_the_keyboard_focus_survive_an_update(site: Site, pag
     page.find_element(By.CSS_SELECTOR, "#instances summary").click()
     button = page.find_element(By.ID, "do-cancel")
     page.execute_script("arguments[0].focus()", button)
-    site.ledger.record_delivery(job_id, "pacs", uid(job_id, 0), DeliveryStatus.SENT, attempt=attempt, dimse_status=0)
+    site.ledger.deliveries.record(job_id, "pacs", uid(job_id, 0), DeliveryStatus.SENT, attempt=attempt, dimse_status=0)
     expect_shown(page, "1 of 2 sent")
     assert page.execute_script("return document.activeElement.id") == "do-cancel"
     assert page.execute_script("return document.getElementById('instances').open") is True

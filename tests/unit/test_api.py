@@ -67,7 +67,7 @@ class Api:
     def computed(self) -> str:
         """A job with a result and something to deliver."""
         job_id = self.job_id()
-        running = self.ledger.claim(job_id, "worker", 60)
+        running = self.ledger.jobs.claim(job_id, "worker", 60)
         assert running is not None
         with self.spool.publish(job_id) as folder:
             (folder / "sd").mkdir()
@@ -75,7 +75,7 @@ class Api:
             (folder / "report.json").write_text("{}")
         rows = [Delivery("pacs", uid("derived"), "sd", "sd/0001.dcm", MR_IMAGE_STORAGE)]
         report = {"seconds": {}, "results": {"sd": SD_SERIES}}
-        assert self.ledger.finish(job_id, running.attempt, actor="worker", report=report, deliveries=rows)
+        assert self.ledger.jobs.finish(job_id, running.attempt, actor="worker", report=report, deliveries=rows)
         return job_id
 
     def messages(self, task: str) -> int:
@@ -134,7 +134,7 @@ def test_a_study_of_single_files_becomes_a_job_at_once(api: Api) -> None:
     assert (answer.status_code, job["state"], job["source"]) == (202, "QUEUED", "rest")
     assert job["destinations"] == ["pacs"]
     assert answer.headers["location"] == f"/api/v1/jobs/{job['id']}"
-    assert len(api.ledger.inputs(job["id"])) == len(FILES)
+    assert len(api.ledger.jobs.inputs(job["id"])) == len(FILES)
     assert api.messages("process") == 1
 
 
@@ -152,7 +152,7 @@ def test_a_study_that_already_came_over_dicom_is_not_computed_twice(api: Api) ->
         intake.admit(from_wire(content[offset:], dataset.file_meta.TransferSyntaxUID), "dimse:MR")
     answer = api.upload(*FILES)
     assert answer.status_code == 202
-    assert {item.source for item in api.ledger.inputs(answer.json()["id"])} == {"dimse:MR"}
+    assert {item.source for item in api.ledger.jobs.inputs(answer.json()["id"])} == {"dimse:MR"}
 
 
 def test_options_of_the_form_reach_the_job(api: Api) -> None:
@@ -173,7 +173,7 @@ def test_form_fields_that_cannot_be_meant_are_refused_without_quoting_them(api: 
 def test_the_preamble_of_an_upload_is_not_kept(api: Api) -> None:
     hostile = [b"MZ" + b"\x90" * 126 + content[128:] for content in FILES]
     job_id = api.upload(*hostile).json()["id"]
-    stored = [api.spool.path(item.sha256).read_bytes() for item in api.ledger.inputs(job_id)]
+    stored = [api.spool.path(item.sha256).read_bytes() for item in api.ledger.jobs.inputs(job_id)]
     assert {content[:132] for content in stored} == {bytes(128) + b"DICM"}
 
 
@@ -193,13 +193,13 @@ def test_what_is_wrong_is_refused_at_the_door(api: Api, tmp_path: Path, odd: str
     answer = api.upload(zipped(files), name="a.zip") if as_zip else api.upload(*files)
     assert_refused(answer, reason)
     assert api.leftovers() == []
-    assert api.ledger.studies_waiting() == []
+    assert api.ledger.received.waiting() == []
 
 
 def test_objects_of_other_kinds_beside_the_images_are_set_aside(api: Api, tmp_path: Path) -> None:
     answer = api.upload(*studies(tmp_path / "odd", "ct_beside"))
     assert answer.status_code == 202
-    assert len(api.ledger.inputs(answer.json()["id"])) == len(FILES)
+    assert len(api.ledger.jobs.inputs(answer.json()["id"])) == len(FILES)
 
 
 def test_a_deflated_file_is_refused_without_being_inflated(api: Api) -> None:
@@ -249,9 +249,9 @@ def test_another_image_under_a_known_uid_is_refused_and_the_first_one_kept(api: 
     job_id = api.job_id()
     changed = bytearray(FILES[3])
     changed[-1] ^= 1
-    before = {item.sha256 for item in api.ledger.inputs(job_id)}
+    before = {item.sha256 for item in api.ledger.jobs.inputs(job_id)}
     assert_refused(api.upload(*FILES[:3], bytes(changed)), Reason.INSTANCE_CONFLICT, 409)
-    assert {item.sha256 for item in api.ledger.instances(uid(0, "study"))} == before
+    assert {item.sha256 for item in api.ledger.received.of_study(uid(0, "study"))} == before
 
 
 def test_a_study_that_holds_the_uid_of_an_image_of_another_study_is_refused_and_nothing_of_it_kept(api: Api) -> None:
@@ -263,7 +263,7 @@ def test_a_study_that_holds_the_uid_of_an_image_of_another_study_is_refused_and_
         if number < len(other) - 1:
             dataset.SOPInstanceUID = uid("another study", number)
     assert_refused(api.upload(*map(encode, other)), Reason.INSTANCE_CONFLICT, 409)
-    assert api.ledger.instances(uid("another study")) == []
+    assert api.ledger.received.of_study(uid("another study")) == []
     assert api.leftovers() == before
 
 
@@ -334,8 +334,8 @@ def test_jobs_are_listed_newest_first_page_by_page(api: Api, clock: Clock) -> No
 
 def test_jobs_can_be_filtered_by_several_states(api: Api, clock: Clock) -> None:
     ids = jobs_of(api, clock, 3)
-    api.ledger.cancel(ids[0], "test")
-    api.ledger.claim(ids[1], "worker", 60)
+    api.ledger.jobs.cancel(ids[0], "test")
+    api.ledger.jobs.claim(ids[1], "worker", 60)
     page = api.client.get("/api/v1/jobs?state=CANCELLED&state=RUNNING").json()
     assert [(job["id"], job["state"]) for job in page["jobs"]] == [(ids[0], "CANCELLED"), (ids[1], "RUNNING")]
 
@@ -349,8 +349,8 @@ def test_a_query_that_cannot_be_meant_is_a_problem(api: Api, query: str) -> None
 
 def test_a_job_tells_its_reason_in_words_and_its_report(api: Api) -> None:
     job_id = api.job_id()
-    api.ledger.claim(job_id, "worker", 60)
-    api.ledger.move(
+    api.ledger.jobs.claim(job_id, "worker", 60)
+    api.ledger.jobs.move(
         job_id, [State.RUNNING], State.REJECTED, actor="worker", reason=Reason.MISSING_SLICES, detail="7 of 8"
     )
     job = api.client.get(f"/api/v1/jobs/{job_id}").json()
@@ -383,13 +383,15 @@ def test_a_cancelled_job_can_be_run_again_and_a_worker_is_told(api: Api) -> None
 
 def test_a_delivered_job_can_be_sent_again(api: Api) -> None:
     job_id = api.computed()
-    job = api.ledger.job(job_id)
+    job = api.ledger.jobs.get(job_id)
     assert job is not None
-    api.ledger.record_delivery(job_id, "pacs", uid("derived"), DeliveryStatus.SENT, attempt=job.attempt, dimse_status=0)
-    api.ledger.move(job_id, [State.DELIVERING], State.DELIVERED, actor="worker")
+    api.ledger.deliveries.record(
+        job_id, "pacs", uid("derived"), DeliveryStatus.SENT, attempt=job.attempt, dimse_status=0
+    )
+    api.ledger.jobs.move(job_id, [State.DELIVERING], State.DELIVERED, actor="worker")
     assert api.client.post(f"/api/v1/jobs/{job_id}/resend").json()["state"] == "DELIVERING"
     assert api.messages("deliver") == 1
-    assert [row.status for row in api.ledger.deliveries(job_id)] == [DeliveryStatus.PENDING]
+    assert [row.status for row in api.ledger.deliveries.of_job(job_id)] == [DeliveryStatus.PENDING]
 
 
 def test_a_job_is_run_again_with_the_series_that_a_person_names(api: Api) -> None:
@@ -409,15 +411,15 @@ def test_a_job_whose_series_a_person_names_once_more_runs_again_and_its_history_
     first, named = api.job_id(), {"pre_series_uid": uid(0, "pre"), "low_series_uid": uid(0, "low")}
     rerun = f"/api/v1/jobs/{first}/rerun"
     job_id = api.client.post(rerun, json=named).json()["id"]
-    assert [step.actor for step in api.ledger.history(job_id)] == ["rest:testclient"]
+    assert [step.actor for step in api.ledger.jobs.history(job_id)] == ["rest:testclient"]
     under_way = api.client.post(rerun, json=named)
     assert (under_way.status_code, under_way.json()["reason"]) == (409, "CONFLICT")
     assert job_id in under_way.json()["detail"]
-    api.ledger.claim(job_id, "worker", 60)
-    api.ledger.move(job_id, [State.RUNNING], State.FAILED, actor="worker", reason=Reason.STORAGE_FULL)
+    api.ledger.jobs.claim(job_id, "worker", 60)
+    api.ledger.jobs.move(job_id, [State.RUNNING], State.FAILED, actor="worker", reason=Reason.STORAGE_FULL)
     again = api.client.post(rerun, json=named)
     assert (again.status_code, again.json()["id"], again.json()["state"]) == (202, job_id, "QUEUED")
-    assert api.ledger.history(job_id)[-1].actor == "rest:testclient"
+    assert api.ledger.jobs.history(job_id)[-1].actor == "rest:testclient"
     assert api.messages("process") == 3
 
 

@@ -51,7 +51,7 @@ def test_reports_of_storage_commitment_that_nobody_sends_are_a_finding(tmp_path:
     assert findings(settings)["commitment reports"] == (True, "none is overdue")
     clock.now = datetime.now(UTC) - timedelta(hours=1)
     with Ledger.open(settings.ledger_url, clock) as ledger:
-        ledger.add_request("MODALITY", Request("2.25.1", (Reference(MR_IMAGE_STORAGE, "1.2.3"),)))
+        ledger.requests.add("MODALITY", Request("2.25.1", (Reference(MR_IMAGE_STORAGE, "1.2.3"),)))
     ok, detail = findings(settings)["commitment reports"]
     assert not ok
     assert "1 are overdue" in detail

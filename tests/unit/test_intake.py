@@ -55,7 +55,7 @@ class Site:
     def sweep_after(self, seconds: float) -> list[Job]:
         self.clock.advance(seconds)
         self.intake.sweep()
-        return self.ledger.jobs()
+        return self.ledger.jobs.page()
 
     def messages(self) -> list[str]:
         files = sorted(self.settings.broker_dir.glob("*.process.msg"))
@@ -66,7 +66,7 @@ class Site:
             path.unlink()
 
     def input_series(self, job: Job) -> set[str]:
-        return {item.series_uid for item in self.ledger.inputs(job.id)}
+        return {item.series_uid for item in self.ledger.jobs.inputs(job.id)}
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_while_slices_are_still_arriving_nothing_starts(site: Site) -> None:
     assert site.sweep_after(site.settings.quiet_seconds / 2) == []
     site.receive(LOW[-1:])
     [job] = site.sweep_after(site.settings.settle_seconds)
-    assert len(site.ledger.inputs(job.id)) == len(PRE + LOW)
+    assert len(site.ledger.jobs.inputs(job.id)) == len(PRE + LOW)
 
 
 def test_series_that_arrive_interleaved_start_once(site: Site) -> None:
@@ -98,21 +98,21 @@ def test_series_that_arrive_interleaved_start_once(site: Site) -> None:
         site.receive([pre, low], seconds_between=1.0)
         site.intake.sweep()
     [job] = site.sweep_after(site.settings.settle_seconds)
-    assert len(site.ledger.inputs(job.id)) == len(PRE + LOW)
+    assert len(site.ledger.jobs.inputs(job.id)) == len(PRE + LOW)
 
 
 def test_a_study_that_stays_unclear_starts_after_the_quiet_time(site: Site) -> None:
     site.receive(PRE)
     assert site.sweep_after(site.settings.quiet_seconds - 1) == []
     [job] = site.sweep_after(1)
-    assert len(site.ledger.inputs(job.id)) == len(PRE)
+    assert len(site.ledger.jobs.inputs(job.id)) == len(PRE)
 
 
 def test_a_restart_loses_no_deadline(site: Site) -> None:
     site.receive(PRE)
     site.clock.advance(site.settings.quiet_seconds)
     site.restarted().sweep()
-    assert len(site.ledger.jobs()) == 1
+    assert len(site.ledger.jobs.page()) == 1
 
 
 def test_two_sweeps_at_work_start_a_study_once(site: Site) -> None:
@@ -120,7 +120,7 @@ def test_two_sweeps_at_work_start_a_study_once(site: Site) -> None:
     site.clock.advance(site.settings.settle_seconds)
     for intake in (site.restarted(), site.restarted()):
         intake.sweep()
-    assert len(site.ledger.jobs()) == 1
+    assert len(site.ledger.jobs.page()) == 1
 
 
 def test_a_study_sent_again_makes_no_second_job(site: Site) -> None:
@@ -136,7 +136,7 @@ def test_other_series_beside_the_pair_are_no_input_and_make_no_second_job(site: 
     site.receive(T2)
     [job] = site.sweep_after(site.settings.quiet_seconds)
     assert site.input_series(job) == {PRE[0].series_uid, LOW[0].series_uid}
-    assert site.ledger.studies_waiting() == []
+    assert site.ledger.received.waiting() == []
 
 
 def test_a_late_slice_makes_a_new_job_and_supersedes_the_one_that_lacked_it(site: Site) -> None:
@@ -146,17 +146,19 @@ def test_a_late_slice_makes_a_new_job_and_supersedes_the_one_that_lacked_it(site
     new, old = site.sweep_after(site.settings.settle_seconds)
     assert (new.state, old.state) == (State.QUEUED, State.CANCELLED)
     assert (old.superseded_by, old.detail) == (new.id, f"superseded by job {new.id}: more images arrived")
-    assert site.ledger.history(new.id)[0].detail == f"re-opens job {old.id} (QUEUED): more images arrived"
+    assert site.ledger.jobs.history(new.id)[0].detail == f"re-opens job {old.id} (QUEUED): more images arrived"
 
 
 def test_an_upload_that_looked_before_the_last_slice_came_does_not_cancel_the_job_that_has_it(site: Site) -> None:
     site.receive(PRE + LOW[:-1])
-    early = site.ledger.instances(STUDY)
+    early = site.ledger.received.of_study(STUDY)
     site.receive(LOW[-1:])
     [whole] = site.sweep_after(site.settings.settle_seconds)
-    told, created = site.ledger.create_job(STUDY, early, whole.options, "rest")  # as an upload that was a moment slower
+    told, created = site.ledger.jobs.create(
+        STUDY, early, whole.options, "rest"
+    )  # as an upload that was a moment slower
     assert (told.id, created) == (whole.id, False)
-    assert [job.state for job in site.ledger.jobs()] == [State.QUEUED]
+    assert [job.state for job in site.ledger.jobs.page()] == [State.QUEUED]
 
 
 def test_the_site_file_tells_the_pair_apart_where_contrast_attributes_do_not(site: Site) -> None:
@@ -169,7 +171,7 @@ def test_the_site_file_tells_the_pair_apart_where_contrast_attributes_do_not(sit
     entered = make_pair(rows=8, columns=8, pre_changes={"ContrastBolusAgent": "Gadovist"})
     site.receive(objects(entered.all))
     [job] = site.sweep_after(site.settings.settle_seconds)
-    assert len(site.ledger.inputs(job.id)) == len(entered.all)
+    assert len(site.ledger.jobs.inputs(job.id)) == len(entered.all)
 
 
 def test_without_a_site_file_agents_entered_for_the_whole_examination_wait_for_the_quiet_time(site: Site) -> None:
@@ -186,14 +188,14 @@ def test_our_own_results_coming_back_from_the_archive_start_nothing(site: Site) 
         [replace(item, sop_instance_uid=uid(item.sop_instance_uid, "own"), series_uid="2.25.7") for item in derived]
     )
     assert len(site.sweep_after(site.settings.quiet_seconds)) == 1
-    assert site.ledger.studies_waiting() == []
+    assert site.ledger.received.waiting() == []
 
 
 def test_an_upload_starts_without_waiting(site: Site) -> None:
     site.receive(PRE + LOW)
     job, created = site.intake.start(STUDY, JobOptions(), "rest")
     assert created
-    assert site.intake.start(STUDY, JobOptions(), "rest") == (site.ledger.job(job.id), False)
+    assert site.intake.start(STUDY, JobOptions(), "rest") == (site.ledger.jobs.get(job.id), False)
     assert site.messages() == [f"['{job.id}']"]
 
 
@@ -207,7 +209,7 @@ def test_series_that_were_named_are_the_input(site: Site) -> None:
 def test_an_object_is_durable_and_known_when_it_is_admitted(site: Site) -> None:
     assert site.intake.admit(PRE[0], "rest") is Added.NEW
     assert site.intake.admit(PRE[0], "rest") is Added.DUPLICATE
-    [known] = site.ledger.instances(STUDY)
+    [known] = site.ledger.received.of_study(STUDY)
     assert site.spool.path(known.sha256).read_bytes() == b"".join(PRE[0].chunks)
 
 
@@ -225,7 +227,7 @@ def test_a_job_whose_worker_died_is_tried_again_after_a_pause_and_fails_at_last(
     site.receive(PRE + LOW)
     [job] = site.sweep_after(site.settings.settle_seconds)
     for attempt in range(1, site.settings.max_attempts + 1):
-        claimed = site.ledger.claim(job.id, "worker", site.settings.lease_seconds)
+        claimed = site.ledger.jobs.claim(job.id, "worker", site.settings.lease_seconds)
         assert claimed is not None
         assert claimed.attempt == attempt
         site.lose_messages()
@@ -236,15 +238,30 @@ def test_a_job_whose_worker_died_is_tried_again_after_a_pause_and_fails_at_last(
     assert site.messages() == []
 
 
+def test_however_often_its_worker_is_lost_a_job_is_tried_again_within_minutes(site: Site) -> None:
+    site.settings = site.settings.model_copy(update={"max_attempts": 12})
+    site.intake, pauses = site.restarted(), []
+    site.receive(PRE + LOW)
+    [job] = site.sweep_after(site.settings.settle_seconds)
+    for _ in range(10):
+        assert site.ledger.jobs.claim(job.id, "worker", site.settings.lease_seconds) is not None
+        [seen] = site.sweep_after(site.settings.lease_seconds)
+        assert seen.due_at is not None
+        pauses.append((seen.due_at - site.clock.now).total_seconds())
+        site.clock.advance(pauses[-1])
+    assert pauses[0] <= site.settings.retry_seconds < pauses[2]
+    assert max(pauses) <= 600
+
+
 def test_old_studies_are_forgotten_with_their_bytes_and_results(site: Site, tmp_path: Path) -> None:
     site.receive(PRE + LOW)
     [job] = site.sweep_after(site.settings.settle_seconds)
     with site.spool.publish(job.id) as folder:
         (folder / "report.json").write_text("{}")
-    site.ledger.cancel(job.id, "operator")
+    site.ledger.jobs.cancel(job.id, "operator")
     assert len(site.sweep_after(3600)) == 1
     assert site.sweep_after(site.settings.retention_days * 86400 + 1) == []
-    assert site.ledger.instances(STUDY) == []
+    assert site.ledger.received.of_study(STUDY) == []
 
 
 def test_a_study_under_way_is_never_forgotten(site: Site) -> None:

@@ -3,119 +3,25 @@
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pydicom
 import pytest
 from pydicom.dataset import Dataset
-from sqlalchemy.exc import OperationalError
 
-from models.runtime import Engine, LinearEngine
 from service.core.errors import Permanent, Reason, Retryable
-from service.core.job import Job, JobOptions, Kind, Stage, State
-from service.core.ledger import DeliveryStatus, Ledger
-from service.core.queue import make_celery
-from service.core.settings import Destination, Settings
-from service.core.spool import Spool
-from service.intake import Intake
-from service.objects import from_file
+from service.core.job import Kind, Stage, State
+from service.core.ledger import DeliveryStatus, LedgerUnavailableError
 from tests.conftest import Clock
-from tests.factories import encode, make_pair, uid
+from tests.factories import uid
 from tests.peers import StorageScp, free_port, running_scp, wait_until
-from worker.app import Worker
+from tests.sites import PAIR, Site
 from worker.pipeline import Progress
-
-PAIR = make_pair(slices=8, rows=8, columns=8)
-
-
-@dataclass
-class Computed:
-    series: dict[str, list[Dataset]]
-    report: dict[str, Any] = field(default_factory=lambda: {"seconds": {"read": 0.1}})
-
-
-class Computation:
-    """Stands in for the pipeline: gives `series`, or two images of SD and SD+, after what a test wants to happen."""
-
-    def __init__(self) -> None:
-        self.before: Callable[[Progress], None] = lambda _: None
-        self.series: dict[str, list[Dataset]] = {}
-        self.paths: list[Path] = []
-        self.calls = 0
-
-    def __call__(self, paths: Sequence[Path], options: JobOptions, engine: Engine, progress: Progress) -> Computed:
-        self.calls += 1
-        self.paths = list(paths)
-        progress(Stage.READ, 0.1)
-        self.before(progress)
-        progress(Stage.INFER, 0.6)
-        return Computed(self.series or {kind: self.derived(kind) for kind in ("sd", "sd_plus")})
-
-    def derived(self, kind: str) -> list[Dataset]:
-        datasets = [pydicom.dcmread(self.paths[0]), pydicom.dcmread(self.paths[0])]
-        for number, dataset in enumerate(datasets):
-            dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = uid("derived", kind, number)
-        return datasets
-
-
-class Site:
-    """One worker and everything around it."""
-
-    def __init__(self, folder: Path, clock: Clock, port: int = 104, **settings: Any) -> None:
-        named = {"name": "pacs", "host": "127.0.0.1", "ae_title": "ARCHIVE"} | settings.pop("destination", {})
-        pacs = Destination(port=port, **named)
-        self.settings = Settings(
-            data_dir=folder, destinations=(pacs,), default_destinations=("pacs",), lease_seconds=5, **settings
-        )
-        self.clock = clock
-        self.ledger = Ledger.open(self.settings.ledger_url, clock)
-        self.spool = Spool(self.settings.spool_dir)
-        self.queue = make_celery(self.settings)
-        self.computation = Computation()
-        self.engines_loaded: list[str] = []
-        self.worker = self.another_worker("worker:1")
-
-    def another_worker(self, name: str) -> Worker:
-        return Worker(
-            settings=self.settings,
-            ledger=self.ledger,
-            spool=self.spool,
-            queue=self.queue,
-            run=self.computation,
-            load_engine=self.load,
-            name=name,
-            clock=self.clock,
-            rng=random.Random(1),
-        )
-
-    def load(self, name: str) -> Engine:
-        self.engines_loaded.append(name)
-        return LinearEngine()
-
-    def new_job(self, *destinations: str) -> str:
-        intake = Intake(self.settings, self.ledger, self.spool, self.queue, self.clock)
-        for dataset in PAIR.all:
-            intake.admit(from_file(encode(dataset)), "dimse:MR")
-        job, _ = intake.start(uid(0, "study"), JobOptions(destinations=destinations), "dimse:MR")
-        return job.id
-
-    def job(self, job_id: str) -> Job:
-        job = self.ledger.job(job_id)
-        assert job is not None
-        return job
-
-    def states(self, job_id: str) -> list[State]:
-        return [step.to_state for step in self.ledger.history(job_id)]
-
-    def statuses(self, job_id: str) -> list[DeliveryStatus]:
-        return [row.status for row in self.ledger.deliveries(job_id)]
 
 
 @pytest.fixture
@@ -179,13 +85,13 @@ def test_a_second_worker_does_not_touch_a_job_that_is_running(site: Site) -> Non
     site.computation.before = lambda _: site.another_worker("worker:2").process(job_id)
     site.worker.process(job_id)
     assert site.computation.calls == 1
-    assert {step.actor for step in site.ledger.history(job_id)} == {"dimse:MR", "worker:1"}
+    assert {step.actor for step in site.ledger.jobs.history(job_id)} == {"dimse:MR", "worker:1"}
 
 
 def test_the_engine_is_loaded_once(site: Site) -> None:
     job_id = site.new_job()
     site.worker.process(job_id)
-    site.ledger.rerun(job_id, "test")
+    site.ledger.jobs.rerun(job_id, "test")
     site.worker.process(job_id)
     assert (site.computation.calls, site.engines_loaded) == (2, ["network"])
 
@@ -217,7 +123,7 @@ def test_a_permanent_error_ends_the_job_in_the_state_of_its_reason(site: Site, r
     job = site.job(job_id)
     assert (job.state, job.reason, job.detail) == (state, reason, "series 4")
     assert not site.spool.result_dir(job_id).exists()
-    assert site.ledger.deliveries(job_id) == []
+    assert site.ledger.deliveries.of_job(job_id) == []
 
 
 def test_a_retryable_error_backs_off_and_ends_when_the_attempts_are_used_up(site: Site) -> None:
@@ -249,7 +155,7 @@ def test_an_unexpected_error_fails_the_job_without_quoting_it(
 
 def test_a_database_that_was_away_for_a_moment_costs_an_attempt_and_not_the_job(site: Site) -> None:
     job_id = site.new_job()
-    site.computation.before = raising(OperationalError("UPDATE", {}, ConnectionError()))
+    site.computation.before = raising(LedgerUnavailableError(ConnectionError()))
     site.worker.process(job_id)
     assert site.job(job_id).state is State.QUEUED
     site.computation.before = lambda _: None
@@ -266,7 +172,7 @@ def test_a_full_disk_has_its_own_reason(site: Site) -> None:
 
 def test_input_that_has_gone_is_named(site: Site) -> None:
     job_id = site.new_job()
-    site.spool.remove(site.ledger.inputs(job_id)[0].sha256)
+    site.spool.remove(site.ledger.jobs.inputs(job_id)[0].sha256)
     site.worker.process(job_id)
     job = site.job(job_id)
     assert (job.state, job.reason, job.detail) == (State.FAILED, Reason.INPUT_LOST, "1 of 16 instances are gone")
@@ -276,7 +182,7 @@ def test_a_cancelled_job_stops_at_its_next_stage_and_leaves_no_result(site: Site
     job_id, reached = site.new_job("pacs"), []
 
     def cancel(progress: Progress) -> None:
-        site.ledger.cancel(job_id, "operator")
+        site.ledger.jobs.cancel(job_id, "operator")
         progress(Stage.PREPROCESS, 0.2)
         reached.append("beyond")
 
@@ -292,7 +198,7 @@ def test_a_cancel_after_the_last_stage_still_wins(site: Site) -> None:
     derived = site.computation.derived
 
     def cancel_then_derive(kind: str) -> list[Dataset]:
-        site.ledger.cancel(job_id, "operator")
+        site.ledger.jobs.cancel(job_id, "operator")
         return derived(kind)
 
     site.computation.derived = cancel_then_derive  # type: ignore[method-assign]  the moment between two stages
@@ -306,24 +212,24 @@ def test_a_worker_that_was_given_up_does_not_overwrite_its_successor(site: Site)
 
     def lose_the_lease(_: Progress) -> None:
         site.computation.before = lambda _: None
-        site.ledger.move(job_id, [State.RUNNING], State.QUEUED, actor="intake")
+        site.ledger.jobs.move(job_id, [State.RUNNING], State.QUEUED, actor="intake")
         site.another_worker("worker:2").process(job_id)
 
     site.computation.before = lose_the_lease
     site.worker.process(job_id)
-    finished = [step for step in site.ledger.history(job_id) if step.to_state is State.COMPUTED]
+    finished = [step for step in site.ledger.jobs.history(job_id) if step.to_state is State.COMPUTED]
     assert [(step.actor, step.attempt) for step in finished] == [("worker:2", 2)]
 
 
 def test_the_heartbeat_keeps_a_long_stage_alive(tmp_path: Path, clock: Clock) -> None:
     site = Site(tmp_path, clock)
-    site.worker.settings = site.settings.model_copy(update={"lease_seconds": 0.2})
+    site.restart_worker(lease_seconds=0.2)
     job_id = site.new_job()
 
     def outlast_the_lease(_: Progress) -> None:
         clock.advance(10)
-        assert [job.id for job in site.ledger.expired()] == [job_id]
-        wait_until(lambda: site.ledger.expired() == [], what="a heartbeat")
+        assert [job.id for job in site.ledger.jobs.expired()] == [job_id]
+        wait_until(lambda: site.ledger.jobs.expired() == [], what="a heartbeat")
 
     site.computation.before = outlast_the_lease
     site.worker.process(job_id)
@@ -352,7 +258,7 @@ def test_a_result_is_sent_and_every_answer_kept(sending: Callable[..., Site]) ->
         assert len(list(site.settings.broker_dir.glob("*.deliver.msg"))) == 1
         site.worker.deliver(job_id)
         site.worker.deliver(job_id)
-    rows = site.ledger.deliveries(job_id)
+    rows = site.ledger.deliveries.of_job(job_id)
     assert site.job(job_id).state is State.DELIVERED
     assert sorted(scp.received) == sorted(uid("derived", kind, n) for kind in ("sd", "sd_plus") for n in range(2))
     assert [row.dimse_status for row in rows] == [0x0000, 0xB000, 0x0000, 0x0000]
@@ -363,7 +269,7 @@ def test_a_destination_is_sent_the_kinds_that_it_takes(sending: Callable[..., Si
     with running_scp() as scp:
         site = sending(scp)
         pacs = site.settings.destinations[0].model_copy(update={"results": (Kind.SD_PLUS,)})
-        site.worker.settings = site.settings.model_copy(update={"destinations": (pacs,)})
+        site.restart_worker(destinations=(pacs,))
         job_id = site.new_job("pacs")
         site.worker.process(job_id)
         site.worker.deliver(job_id)
@@ -388,7 +294,7 @@ def test_a_result_that_has_gone_is_named_and_not_sent_in_parts(
         assert (job.state, job.reason) == (State.FAILED, Reason.RESULT_LOST)
         assert job.detail == "1 of 4 files to send are gone or damaged"
         assert scp.received == []
-        site.ledger.rerun(job_id, "operator")
+        site.ledger.jobs.rerun(job_id, "operator")
         site.worker.process(job_id)
         site.worker.deliver(job_id)
     assert site.job(job_id).state is State.DELIVERED
@@ -407,7 +313,7 @@ def test_only_what_the_archive_could_not_take_is_sent_again(sending: Callable[..
         site.worker.deliver(job_id)
     assert site.job(job_id).state is State.DELIVERED
     assert scp.received[4:] == [scp.received[1], scp.received[3]]
-    assert [row.attempts for row in site.ledger.deliveries(job_id)] == [1, 2, 1, 2]
+    assert [row.attempts for row in site.ledger.deliveries.of_job(job_id)] == [1, 2, 1, 2]
 
 
 def test_an_archive_that_is_down_is_tried_again_until_the_attempts_are_used_up(tmp_path: Path, clock: Clock) -> None:
@@ -419,7 +325,44 @@ def test_an_archive_that_is_down_is_tried_again_until_the_attempts_are_used_up(t
     site.worker.deliver(job_id)
     job = site.job(job_id)
     assert (job.state, job.reason) == (State.FAILED, Reason.DESTINATION_UNREACHABLE)
-    assert job.detail.startswith("attempt 2 of 2: 0 of 4 instances sent")
+    assert job.detail.startswith("try 2 of 2: 0 of 4 instances sent")
+    site.ledger.close()
+
+
+def test_one_delivery_asks_the_ledger_twice_and_once_for_every_instance(sending: Callable[..., Site]) -> None:
+    with running_scp() as scp:
+        site = sending(scp)
+        job_id = site.new_job("pacs")
+        site.worker.process(job_id)
+        site.counted.calls.clear()
+        site.worker.deliver(job_id)
+    assert site.job(job_id).state is State.DELIVERED
+    calls = site.asked_of_the_ledger()
+    assert calls.pop("deliveries.record") == len(scp.received) == 4
+    assert calls == {"deliveries.claim": 1, "deliveries.finish": 1}
+
+
+def test_the_progress_of_a_delivery_that_failed_says_how_much_was_sent(sending: Callable[..., Site]) -> None:
+    with running_scp(statuses=[0x0000, 0xC001]) as scp:
+        site = sending(scp)
+        job_id = site.new_job("pacs")
+        site.worker.process(job_id)
+        site.worker.deliver(job_id)
+    assert (site.job(job_id).state, site.job(job_id).progress) == (State.FAILED, 0.75)
+
+
+def test_tries_are_counted_for_the_operator_and_not_called_attempts(tmp_path: Path, clock: Clock) -> None:
+    site = Site(tmp_path, clock, free_port(), delivery_max_attempts=4)
+    job_id = site.new_job("pacs")
+    site.worker.process(job_id)
+    for _ in range(4):
+        site.worker.deliver(job_id)
+    failed = site.ledger.jobs.history(job_id)[-4:]
+    assert [step.to_state for step in failed] == [State.DELIVERING] * 3 + [State.FAILED]
+    assert [step.detail.partition(":")[0] for step in failed] == [f"try {number} of 4" for number in (1, 2, 3, 4)]
+    assert [step.attempt for step in failed] == [2, 3, 4, 5]  # the first one computed
+    assert {step.reason for step in failed} == {Reason.DESTINATION_UNREACHABLE}
+    assert "attempt" not in "".join(step.detail for step in failed)
     site.ledger.close()
 
 
@@ -432,7 +375,7 @@ def test_refused_instances_fail_the_job_and_a_resend_sends_only_them(sending: Ca
         job = site.job(job_id)
         assert (job.state, job.reason) == (State.FAILED, Reason.DESTINATION_REFUSED)
         assert job.detail == "3 of 4 instances sent; 0xC001"
-        site.ledger.resend(job_id, "operator")
+        site.ledger.deliveries.resend(job_id, "operator")
         site.worker.deliver(job_id)
     assert site.job(job_id).state is State.DELIVERED
     assert scp.received[4:] == [scp.received[1]]
@@ -451,7 +394,7 @@ def test_an_archive_that_refuses_the_association_fails_the_job_at_once(sending: 
 def test_a_destination_that_was_taken_out_of_the_settings_is_refused(site: Site) -> None:
     job_id = site.new_job("pacs")
     site.worker.process(job_id)
-    site.worker.settings = Settings(data_dir=site.settings.data_dir)
+    site.restart_worker(destinations=(), default_destinations=())
     site.worker.deliver(job_id)
     assert site.job(job_id).reason is Reason.DESTINATION_REFUSED
     assert "pacs" in site.job(job_id).detail
@@ -462,7 +405,7 @@ def test_a_cancelled_delivery_stops_between_two_instances(sending: Callable[...,
         site = sending(scp)
         job_id = site.new_job("pacs")
         site.worker.process(job_id)
-        scp.on_received = lambda: site.ledger.cancel(job_id, "operator")
+        scp.on_received = lambda: site.ledger.jobs.cancel(job_id, "operator")
         site.worker.deliver(job_id)
     assert site.job(job_id).state is State.CANCELLED
     assert len(scp.received) < 4
@@ -477,7 +420,7 @@ def test_a_worker_that_lost_its_delivery_stops_and_leaves_it_to_the_other(sendin
         def take_over() -> None:
             scp.on_received = lambda: None
             site.clock.advance(site.settings.lease_seconds)
-            assert site.ledger.claim_delivery(job_id, "worker:2", 60) is not None
+            assert site.ledger.deliveries.claim(job_id, "worker:2", 60) is not None
 
         scp.on_received = take_over
         site.worker.deliver(job_id)
@@ -489,13 +432,13 @@ def test_a_worker_that_lost_its_delivery_stops_and_leaves_it_to_the_other(sendin
 def test_a_run_that_gives_no_result_leaves_none_of_an_earlier_run_to_download_or_send(site: Site) -> None:
     job_id = site.new_job("pacs")
     site.worker.process(job_id)
-    site.ledger.move(job_id, [State.DELIVERING], State.FAILED, actor="test", reason=Reason.DESTINATION_UNREACHABLE)
-    site.ledger.rerun(job_id, "operator")
+    site.ledger.jobs.move(job_id, [State.DELIVERING], State.FAILED, actor="test", reason=Reason.DESTINATION_UNREACHABLE)
+    site.ledger.jobs.rerun(job_id, "operator")
     site.computation.before = raising(Permanent(Reason.OUTPUT_INVALID))
     site.worker.process(job_id)
     assert site.job(job_id).state is State.FAILED
     assert not site.spool.result_dir(job_id).exists()
-    assert site.ledger.resend(job_id, "operator") is None
+    assert site.ledger.deliveries.resend(job_id, "operator") is None
 
 
 def test_a_result_that_was_computed_again_is_sent_again(sending: Callable[..., Site]) -> None:
@@ -505,6 +448,6 @@ def test_a_result_that_was_computed_again_is_sent_again(sending: Callable[..., S
         for _ in range(2):
             site.worker.process(job_id)
             site.worker.deliver(job_id)
-            site.ledger.rerun(job_id, "operator")
+            site.ledger.jobs.rerun(job_id, "operator")
     assert len(scp.received) == 8
     assert len(set(scp.received)) == 4

@@ -17,18 +17,18 @@ from pynetdicom.association import Association
 from service.core.dicom.commitment import PUSH_MODEL, PUSH_MODEL_INSTANCE, Reference, Report, Request
 from service.core.errors import Reason
 from service.core.job import Kind, State
-from service.core.ledger import Ledger
+from service.core.ledger import DeliveryStatus, Ledger
 from service.core.settings import CommitmentRequestor
 from service.core.spool import Spool
-from service.dicom.commitment import CLAIM_SECONDS, MOST_TRIES, Commitment
+from service.dicom.commitment import CLAIM_SECONDS, MOST_TRIES, StorageCommitment
 from service.dicom.listener import Listener
 from service.intake import Intake
 from tests.conftest import Clock
 from tests.factories import uid, write_study
 from tests.peers import EXPLICIT_VR_LITTLE_ENDIAN, MR_IMAGE_STORAGE, free_port, running_orthanc, running_scp, wait_until
+from tests.sites import PAIR, Site
 from tests.spec.test_derived import paired
 from tests.spec.test_results import ALL, findings_of
-from tests.unit.test_worker import PAIR, Site
 from worker.compose.results import compose
 
 COMMITTING = {"storage_commitment": True, "commitment_wait_seconds": 0}
@@ -36,10 +36,10 @@ HOUR = 3600.0
 
 
 @contextmanager
-def listening(site: Site, port: int = 0) -> Iterator[tuple[int, Commitment]]:
+def listening(site: Site, port: int = 0) -> Iterator[tuple[int, StorageCommitment]]:
     """The site's listener, in this process; gives its port."""
     intake = Intake(site.settings, site.ledger, site.spool, site.queue, site.clock)
-    commitment = Commitment(site.settings, site.ledger, site.spool, site.clock)
+    commitment = StorageCommitment(site.settings, site.ledger, site.spool, site.clock)
     settings = site.settings.model_copy(update={"listen_port": port})
     listener = Listener(settings, intake, site.spool, commitment)
     try:
@@ -145,7 +145,7 @@ def delivered(site: Site) -> str:
 def later(site: Site, job_id: str, seconds: float) -> State:
     """Let time pass, and let the worker look at the job again; the sweep must agree that it is time."""
     site.clock.advance(seconds)
-    assert [job.id for job in site.ledger.due(0)] == [job_id]
+    assert [job.id for job in site.ledger.jobs.due(0)] == [job_id]
     site.worker.deliver(job_id)
     return site.job(job_id).state
 
@@ -163,12 +163,12 @@ def test_orthanc_commits_itself_to_every_kind_of_result_on_an_association_of_its
         with listening(site, port):
             job_id = delivered(site)
             wait_until(lambda: site.job(job_id).state is State.COMMITTED, what="the commitment")
-        rows = site.ledger.deliveries(job_id)
+        rows = site.ledger.deliveries.of_job(job_id)
         assert orthanc.sop_instance_uids() == {row.sop_instance_uid for row in rows}
     assert {(row.kind, row.commitment.value) for row in rows} == {(kind.value, "COMMITTED") for kind in Kind}
     assert site.states(job_id)[-2:] == [State.DELIVERED, State.COMMITTED]
-    assert site.ledger.history(job_id)[-1].actor == "dimse:ORTHANC"
-    assert site.ledger.due(0) == []
+    assert site.ledger.jobs.history(job_id)[-1].actor == "dimse:ORTHANC"
+    assert site.ledger.jobs.due(0) == []
 
 
 def test_a_report_on_the_association_of_the_request_is_taken(make_site: Callable[..., Site]) -> None:
@@ -181,13 +181,50 @@ def test_a_report_on_the_association_of_the_request_is_taken(make_site: Callable
     assert {item.sop_class_uid for item in request.references} == {MR_IMAGE_STORAGE}
 
 
+def test_a_delivery_with_storage_commitment_asks_the_ledger_five_times_and_once_for_every_instance(
+    make_site: Callable[..., Site],
+) -> None:
+    with running_archive(on_same_association=True) as archive:
+        site = make_site(archive.port, destination={"commitment_wait_seconds": 10})
+        job_id = site.new_job("pacs")
+        site.worker.process(job_id)
+        site.counted.calls.clear()
+        site.worker.deliver(job_id)
+    assert site.job(job_id).state is State.COMMITTED
+    calls = site.asked_of_the_ledger()
+    assert calls.pop("deliveries.record") == len(archive.received) == 4
+    del calls["commitments.get"]  # once a second, while an answer may come on another association
+    assert calls == {
+        "deliveries.claim": 1,
+        "deliveries.finish": 1,
+        "commitments.claim": 1,
+        "commitments.ask": 1,
+        "commitments.answer": 1,
+    }
+
+
+def test_an_answer_on_another_association_ends_the_waiting(make_site: Callable[..., Site]) -> None:
+    with running_archive() as archive:
+        site = make_site(archive.port, destination={"commitment_wait_seconds": 60})
+        job_id = site.new_job("pacs")
+        site.worker.process(job_id)
+        waiting = threading.Thread(target=site.worker.deliver, args=(job_id,))
+        waiting.start()
+        wait_until(lambda: archive.requests, what="the request")
+        with listening(site) as (port, _):
+            assert call_with_report(port, archive.report(archive.requests[0])) == 0x0000
+        waiting.join(20)
+        assert not waiting.is_alive()
+    assert (site.job(job_id).state, site.job(job_id).detail) == (State.COMMITTED, "")
+
+
 def test_without_storage_commitment_delivered_is_final(make_site: Callable[..., Site]) -> None:
     with running_archive() as archive:
         site = make_site(archive.port, destination={"storage_commitment": False})
         job_id = delivered(site)
     assert (site.job(job_id).state, site.job(job_id).due_at, archive.requests) == (State.DELIVERED, None, [])
     site.clock.advance(HOUR * 100)
-    assert site.ledger.due(0) == []
+    assert site.ledger.jobs.due(0) == []
 
 
 def test_a_destination_that_does_not_know_storage_commitment_is_an_error_that_says_so(
@@ -198,7 +235,7 @@ def test_a_destination_that_does_not_know_storage_commitment_is_an_error_that_sa
     job = site.job(job_id)
     assert (job.state, job.reason) == (State.FAILED, Reason.COMMITMENT_REFUSED)
     assert "no presentation context accepted for Storage Commitment Push Model" in job.detail
-    assert [row.dimse_status for row in site.ledger.deliveries(job_id)] == [0x0000] * 4
+    assert [row.dimse_status for row in site.ledger.deliveries.of_job(job_id)] == [0x0000] * 4
 
 
 def test_an_archive_that_never_answers_is_asked_again_in_new_transactions_and_at_last_is_an_error(
@@ -210,7 +247,7 @@ def test_an_archive_that_never_answers_is_asked_again_in_new_transactions_and_at
         until = "until 2031-05-04 06:02 UTC"
         assert site.job(job_id).detail == f"pacs: storage commitment of 4 instances asked for 1 times, {until}"
         site.clock.advance(HOUR - 1)
-        assert site.ledger.due(0) == []
+        assert site.ledger.jobs.due(0) == []
         assert [later(site, job_id, seconds) for seconds in (1, HOUR)] == [State.DELIVERED] * 2
         assert later(site, job_id, HOUR) is State.FAILED
     assert site.job(job_id).reason is Reason.COMMITMENT_TIMEOUT
@@ -254,7 +291,7 @@ def test_what_the_archive_says_it_does_not_have_is_sent_again(make_site: Callabl
         assert site.job(job_id).state is State.DELIVERED
         archive.reasons.clear()
         assert later(site, job_id, site.settings.delivery_retry_seconds) is State.DELIVERING
-        assert "took instances and does not have them" in site.ledger.history(job_id)[-1].detail
+        assert "took instances and does not have them" in site.ledger.jobs.history(job_id)[-1].detail
         assert later(site, job_id, 0) is State.COMMITTED
     assert archive.received[4:] == [lost]
     assert [len(request.references) for request in archive.requests] == [4, 1]
@@ -286,17 +323,19 @@ def test_a_request_that_is_refused_is_tried_again_only_where_that_may_help(
 def test_an_archive_that_restarts_between_sending_and_asking_is_asked_when_it_is_back(
     make_site: Callable[..., Site],
 ) -> None:
-    with running_archive() as archive:
-        site = make_site(archive.port)
-        job_id = site.new_job("pacs")
-        site.worker.process(job_id)
-        claim = site.ledger.claim_commitment
-        site.ledger.claim_commitment = lambda *_: None  # type: ignore[method-assign]  the moment before it is asked
-        site.worker.deliver(job_id)
-        site.ledger.claim_commitment = claim  # type: ignore[method-assign]
+    site = make_site(port := free_port())
+    job_id = site.new_job("pacs")
+    site.worker.process(job_id)
+    job, rows = site.ledger.deliveries.claim(job_id, "ends before it asks", 5)
+    for row in rows:
+        site.ledger.deliveries.record(
+            job_id, "pacs", row.sop_instance_uid, DeliveryStatus.SENT, attempt=job.attempt, dimse_status=0
+        )
+    assert site.ledger.deliveries.finish(job_id, job.attempt, actor="worker:0", committing={"pacs": True}) is not None
     assert later(site, job_id, 0) is State.DELIVERED
-    with running_archive(archive.port, on_same_association=True):
-        site.worker.settings.destinations[0].__dict__["commitment_wait_seconds"] = 10
+    with running_archive(port, on_same_association=True):
+        patient = site.settings.destinations[0].model_copy(update={"commitment_wait_seconds": 10})
+        site.restart_worker(destinations=(patient,))
         assert later(site, job_id, site.settings.delivery_retry_seconds) is State.COMMITTED
 
 
@@ -331,7 +370,7 @@ def test_a_report_of_an_unknown_transaction_or_from_somebody_else_changes_nothin
             assert call_with_report(port, true, calling="MALLORY") == 0x0115
             assert call_with_report(port, foreign) == 0x0000
     assert site.job(job_id).state is State.DELIVERED
-    assert all(row.is_open for row in site.ledger.deliveries(job_id))
+    assert all(row.is_open for row in site.ledger.deliveries.of_job(job_id))
     logged = [record.getMessage() for record in caplog.records]
     assert "unknown transaction" in logged
     assert "a report of what another destination was asked" in logged
@@ -346,14 +385,14 @@ def test_a_destination_reports_on_what_it_was_asked_alone(
         [pacs] = site.settings.destinations
         second = {"name": "second", "port": forging.port, "commitment_wait_seconds": 0.5}
         destinations = (pacs, pacs.model_copy(update=second))
-        site.worker.settings = site.settings.model_copy(update={"destinations": destinations})
+        site.restart_worker(destinations=destinations)
         job_id = site.new_job("pacs", "second")
         site.worker.process(job_id)
         site.worker.deliver(job_id)
         wait_until(lambda: forging.answers, what="the answer to the report")
     assert forging.answers == [0x0115]
     assert site.job(job_id).state is State.DELIVERED
-    assert all(row.is_open for row in site.ledger.deliveries(job_id))
+    assert all(row.is_open for row in site.ledger.deliveries.of_job(job_id))
     assert "a report of what another destination was asked" in [record.getMessage() for record in caplog.records]
 
 
@@ -363,7 +402,7 @@ def test_an_instance_that_is_kept_under_another_class_is_not_committed(make_site
         site = make_site(archive.port, destination={"commitment_wait_seconds": 10})
         job_id = delivered(site)
         assert site.job(job_id).state is State.DELIVERED
-        assert [row.is_open for row in site.ledger.deliveries(job_id)] == [True, False, False, False]
+        assert [row.is_open for row in site.ledger.deliveries.of_job(job_id)] == [True, False, False, False]
         assert later(site, job_id, site.settings.delivery_retry_seconds) is State.FAILED
     assert site.job(job_id).detail == "pacs: 1 instances not committed: 0x0119 class and instance do not fit"
 
@@ -391,21 +430,21 @@ def test_a_result_is_kept_until_it_is_committed_however_old_it_is(make_site: Cal
         site = make_site(archive.port)
         job_id = delivered(site)
         site.clock.advance(HOUR * 24 * 365)
-        assert site.ledger.forget(site.clock.now, {"pacs": True}) == 0
-        site.ledger.move(job_id, [State.DELIVERED], State.FAILED, actor="t", reason=Reason.COMMITMENT_TIMEOUT)
+        assert site.ledger.retention.forget(site.clock.now, {"pacs": True}) == 0
+        site.ledger.jobs.move(job_id, [State.DELIVERED], State.FAILED, actor="t", reason=Reason.COMMITMENT_TIMEOUT)
         site.clock.advance(1)
-        assert site.ledger.forget(site.clock.now, {"pacs": True}) == 0
+        assert site.ledger.retention.forget(site.clock.now, {"pacs": True}) == 0
         with listening(site) as (port, _):
             call_with_report(port, archive.report(archive.requests[0]))
         site.clock.advance(1)
-        assert site.ledger.forget(site.clock.now, {"pacs": True}) == 1
+        assert site.ledger.retention.forget(site.clock.now, {"pacs": True}) == 1
 
 
 def test_a_resend_asks_again_about_everything(make_site: Callable[..., Site]) -> None:
     with running_archive(on_same_association=True) as archive:
         site = make_site(archive.port, destination={"commitment_wait_seconds": 10})
         job_id = delivered(site)
-        site.ledger.resend(job_id, "operator")
+        site.ledger.deliveries.resend(job_id, "operator")
         site.worker.deliver(job_id)
     assert site.job(job_id).state is State.COMMITTED
     assert [len(request.references) for request in archive.requests] == [4, 4]
@@ -415,13 +454,13 @@ def test_a_resend_asks_again_about_everything(make_site: Callable[..., Site]) ->
 def test_a_worker_that_waits_for_a_report_stops_when_the_job_is_run_again(make_site: Callable[..., Site]) -> None:
     with running_archive() as archive:
         site = make_site(archive.port, destination={"commitment_wait_seconds": 20})
-        site.worker.settings = site.settings.model_copy(update={"lease_seconds": 0.2})
+        site.restart_worker(lease_seconds=0.2)
         job_id = site.new_job("pacs")
         site.worker.process(job_id)
         waiting = threading.Thread(target=site.worker.deliver, args=(job_id,))
         waiting.start()
         wait_until(lambda: archive.requests, what="the request")
-        assert site.ledger.rerun(job_id, "operator") is not None
+        assert site.ledger.jobs.rerun(job_id, "operator") is not None
         waiting.join(5)
         assert not waiting.is_alive()
     assert site.job(job_id).state is State.QUEUED
@@ -432,10 +471,10 @@ def test_once_switched_off_nobody_is_waited_for(make_site: Callable[..., Site]) 
         site = make_site(archive.port, commitment_timeout_seconds=HOUR)
         job_id = delivered(site)
         quiet = site.settings.destinations[0].model_copy(update={"storage_commitment": False})
-        site.worker.settings = site.settings.model_copy(update={"destinations": (quiet,)})
+        site.restart_worker(destinations=(quiet,))
         assert later(site, job_id, HOUR) is State.DELIVERED
     assert site.job(job_id).due_at is None
-    assert not any(row.is_open for row in site.ledger.deliveries(job_id))
+    assert not any(row.is_open for row in site.ledger.deliveries.of_job(job_id))
 
 
 @pytest.mark.parametrize("end", [None, State.FAILED])
@@ -446,14 +485,14 @@ def test_once_switched_off_a_result_is_kept_no_longer_than_others(
         site = make_site(archive.port)
         job_id = delivered(site)
     if end:
-        site.ledger.move(job_id, [State.DELIVERED], end, actor="worker", reason=Reason.COMMITMENT_TIMEOUT)
+        site.ledger.jobs.move(job_id, [State.DELIVERED], end, actor="worker", reason=Reason.COMMITMENT_TIMEOUT)
     site.clock.advance(site.settings.retention_days * 24 * HOUR + 1)
     Intake(site.settings, site.ledger, site.spool, site.queue, site.clock).sweep()
-    assert site.ledger.job(job_id) is not None
+    assert site.ledger.jobs.get(job_id) is not None
     quiet = site.settings.destinations[0].model_copy(update={"storage_commitment": False})
     switched_off = site.settings.model_copy(update={"destinations": (quiet,)})
     Intake(switched_off, site.ledger, site.spool, site.queue, site.clock).sweep()
-    assert site.ledger.job(job_id) is None
+    assert site.ledger.jobs.get(job_id) is None
 
 
 def test_a_destination_that_was_renamed_is_not_switched_off(make_site: Callable[..., Site]) -> None:
@@ -461,14 +500,14 @@ def test_a_destination_that_was_renamed_is_not_switched_off(make_site: Callable[
         site = make_site(archive.port, commitment_timeout_seconds=HOUR)
         job_id = delivered(site)
         renamed = site.settings.destinations[0].model_copy(update={"name": "archive"})
-        site.worker.settings = site.settings.model_copy(update={"destinations": (renamed,), "default_destinations": ()})
+        site.restart_worker(destinations=(renamed,), default_destinations=())
         assert later(site, job_id, HOUR) is State.FAILED
     assert site.job(job_id).detail == "no destination is called pacs any more"
     site.clock.advance(HOUR * 24 * 365)
-    assert site.ledger.forget(site.clock.now, site.worker.settings.committing) == 0
-    site.ledger.cancel(job_id, "operator")
+    assert site.ledger.retention.forget(site.clock.now, site.worker.settings.committing) == 0
+    site.ledger.jobs.cancel(job_id, "operator")
     site.clock.advance(1)
-    assert site.ledger.forget(site.clock.now, site.worker.settings.committing) == 1
+    assert site.ledger.retention.forget(site.clock.now, site.worker.settings.committing) == 1
 
 
 # --- as SCP -----------------------------------------------------------------------------------------------------------
@@ -553,7 +592,7 @@ def upload(http_port: int, path: Path) -> None:
 def test_only_what_ledger_and_spool_hold_whole_is_committed_to(make_site: Callable[..., Site]) -> None:
     with running_modality() as modality:
         site = receiving(make_site, modality.port)
-        damaged = site.ledger.instance(REFERENCES[0].sop_instance_uid)
+        damaged = site.ledger.received.get(REFERENCES[0].sop_instance_uid)
         assert damaged is not None
         site.spool.path(damaged.sha256).write_bytes(b"cut off")
         request = Request(
@@ -579,20 +618,20 @@ def test_a_modality_that_is_away_is_told_when_it_is_back_even_after_a_restart(ma
     site.ledger.close()
     site.clock.advance(site.settings.delivery_retry_seconds)
     with Ledger.open(site.settings.ledger_url, site.clock) as ledger, running_modality(away) as modality:
-        Commitment(site.settings, ledger, site.spool, site.clock).report_due()
+        StorageCommitment(site.settings, ledger, site.spool, site.clock).report_due()
         site.clock.advance(HOUR)
-        Commitment(site.settings, ledger, site.spool, site.clock).report_due()
+        StorageCommitment(site.settings, ledger, site.spool, site.clock).report_due()
     [report] = modality.reports
     assert (report.event_type, set(report.committed)) == (1, set(REFERENCES))
 
 
 def test_a_modality_that_never_comes_back_is_given_up(make_site: Callable[..., Site]) -> None:
     site = receiving(make_site, free_port())
-    site.ledger.add_request("MODALITY", Request("2.25.7", REFERENCES))
+    site.ledger.requests.add("MODALITY", Request("2.25.7", REFERENCES))
     for _ in range(MOST_TRIES):
-        Commitment(site.settings, site.ledger, site.spool, site.clock).report_due()
+        StorageCommitment(site.settings, site.ledger, site.spool, site.clock).report_due()
         site.clock.advance(HOUR)
-    assert site.ledger.claim_request(1) is None
+    assert site.ledger.requests.claim(1) is None
 
 
 class Broken(Spool):
@@ -612,9 +651,9 @@ def test_an_unforeseen_error_is_logged_and_ends_neither_the_reporting_nor_the_re
 ) -> None:
     with running_modality() as modality:
         site = receiving(make_site, modality.port)
-        site.ledger.add_request("MODALITY", Request("2.25.9", REFERENCES))
+        site.ledger.requests.add("MODALITY", Request("2.25.9", REFERENCES))
         settings, stop = site.settings.model_copy(update={"sweep_seconds": 0.02}), threading.Event()
-        commitment = Commitment(settings, site.ledger, Broken(site.settings.spool_dir), site.clock)
+        commitment = StorageCommitment(settings, site.ledger, Broken(site.settings.spool_dir), site.clock)
         reporting = threading.Thread(target=commitment.report_until, args=(stop,))
         reporting.start()
         wait_until(lambda: any(record.exc_info for record in caplog.records), what="the error in the log")
@@ -627,27 +666,27 @@ def test_an_unforeseen_error_is_logged_and_ends_neither_the_reporting_nor_the_re
 
 def test_a_request_that_always_ends_in_an_unforeseen_error_is_given_up(make_site: Callable[..., Site]) -> None:
     site = receiving(make_site, free_port())
-    site.ledger.add_request("MODALITY", Request("2.25.9", REFERENCES))
+    site.ledger.requests.add("MODALITY", Request("2.25.9", REFERENCES))
     broken = Broken(site.settings.spool_dir)
     broken.failures = 2 * MOST_TRIES
     for _ in range(MOST_TRIES):
         with pytest.raises(RuntimeError, match="unforeseen"):
-            Commitment(site.settings, site.ledger, broken, site.clock).report_due()
+            StorageCommitment(site.settings, site.ledger, broken, site.clock).report_due()
         site.clock.advance(CLAIM_SECONDS)
-    Commitment(site.settings, site.ledger, broken, site.clock).report_due()
+    StorageCommitment(site.settings, site.ledger, broken, site.clock).report_due()
     site.clock.advance(CLAIM_SECONDS)
-    assert site.ledger.claim_request(1) is None
+    assert site.ledger.requests.claim(1) is None
 
 
 def test_a_modality_that_was_given_up_is_told_when_it_asks_again(make_site: Callable[..., Site]) -> None:
     site = receiving(make_site, away := free_port())
-    site.ledger.add_request("MODALITY", Request("2.25.8", REFERENCES))
+    site.ledger.requests.add("MODALITY", Request("2.25.8", REFERENCES))
     for _ in range(MOST_TRIES):
-        Commitment(site.settings, site.ledger, site.spool, site.clock).report_due()
+        StorageCommitment(site.settings, site.ledger, site.spool, site.clock).report_due()
         site.clock.advance(HOUR)
-    assert site.ledger.add_request("MODALITY", Request("2.25.8", REFERENCES[::-1]))
+    assert site.ledger.requests.add("MODALITY", Request("2.25.8", REFERENCES[::-1]))
     with running_modality(away) as modality:
-        Commitment(site.settings, site.ledger, site.spool, site.clock).report_due()
+        StorageCommitment(site.settings, site.ledger, site.spool, site.clock).report_due()
     assert [set(report.committed) for report in modality.reports] == [set(REFERENCES)]
 
 
@@ -657,7 +696,7 @@ def test_who_is_not_named_in_the_site_file_may_not_ask(make_site: Callable[..., 
         assert ask(port, Request("2.25.8", REFERENCES), calling="MALLORY") == 0x0124
         assert ask(port, Request("2.25.8", ())) == 0x0115
         assert ask(port, Request("2.25.8", REFERENCES), instance="1.2.3") == 0x0112
-    assert site.ledger.claim_request(1) is None
+    assert site.ledger.requests.claim(1) is None
 
 
 def test_where_nobody_is_asked_and_nobody_asks_it_is_not_negotiated(make_site: Callable[..., Site]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import socket
 import threading
 from pathlib import Path
@@ -16,7 +15,7 @@ from service.core.association import associated
 from service.core.errors import Permanent, Reason, Retryable
 from service.core.settings import Destination
 from tests.peers import MR_IMAGE_STORAGE, StorageScp, free_port, running_orthanc, running_scp
-from worker.deliver.sending import Answer, Verdict, backoff_seconds, send
+from worker.deliver.sending import Answer, Verdict, send, syntaxes_of
 
 ENHANCED_MR_IMAGE_STORAGE = "1.2.840.10008.5.1.4.1.1.4.1"
 
@@ -60,8 +59,8 @@ def test_orthanc_holds_every_instance_that_was_reported_as_sent(tmp_path: Path) 
     files = instances(tmp_path / "files", 5)
     with running_orthanc(tmp_path / "orthanc") as orthanc:
         destination = Destination(name="pacs", host="127.0.0.1", port=orthanc.dicom_port, ae_title="ORTHANC")
-        answers = list(send(files, destination))
-        again = list(send(files, destination))
+        answers = list(send(syntaxes_of(files), destination))
+        again = list(send(syntaxes_of(files), destination))
         held = orthanc.sop_instance_uids()
     assert verdicts(answers) == verdicts(again) == [Verdict.SENT] * 5
     assert [answer.path for answer in answers] == files
@@ -81,7 +80,7 @@ def test_an_association_is_released_when_the_work_is_done_and_aborted_when_it_is
 
 def test_warning_statuses_count_as_sent_and_are_recorded(tmp_path: Path) -> None:
     with running_scp(statuses=[0xB000, 0xB006, 0xB007]) as scp:
-        answers = list(send(instances(tmp_path, 4), at(scp)))
+        answers = list(send(syntaxes_of(instances(tmp_path, 4)), at(scp)))
     assert verdicts(answers) == [Verdict.SENT_WITH_WARNING] * 3 + [Verdict.SENT]
     assert [answer.status for answer in answers] == [0xB000, 0xB006, 0xB007, 0x0000]
     assert answers[0].text == "0xB000 stored; the destination coerced data elements"
@@ -90,39 +89,39 @@ def test_warning_statuses_count_as_sent_and_are_recorded(tmp_path: Path) -> None
 
 def test_a_refused_instance_does_not_stop_the_others(tmp_path: Path) -> None:
     with running_scp(statuses=[0x0000, 0xA900, 0xC123, 0x0124]) as scp:
-        answers = list(send(instances(tmp_path, 5), at(scp)))
+        answers = list(send(syntaxes_of(instances(tmp_path, 5)), at(scp)))
     assert verdicts(answers) == [Verdict.SENT, Verdict.REFUSED, Verdict.REFUSED, Verdict.REFUSED, Verdict.SENT]
 
 
 def test_an_archive_short_of_space_is_worth_another_attempt(tmp_path: Path) -> None:
     with running_scp(statuses=[0xA700, 0x0110, 0x0213]) as scp:
-        answers = list(send(instances(tmp_path, 3), at(scp)))
+        answers = list(send(syntaxes_of(instances(tmp_path, 3)), at(scp)))
     assert verdicts(answers) == [Verdict.BUSY] * 3
 
 
 def test_an_archive_that_already_holds_the_instance_counts_as_sent(tmp_path: Path) -> None:
     with running_scp(statuses=[0x0111]) as scp:
-        answers = list(send(instances(tmp_path, 1), at(scp)))
+        answers = list(send(syntaxes_of(instances(tmp_path, 1)), at(scp)))
     assert verdicts(answers) == [Verdict.SENT_WITH_WARNING]
 
 
 def test_a_destination_that_nobody_listens_at_is_retried(tmp_path: Path) -> None:
     destination = Destination(name="gone", host="127.0.0.1", port=free_port(), ae_title="GONE")
     with pytest.raises(Retryable) as caught:
-        list(send(instances(tmp_path, 1), destination))
+        list(send(syntaxes_of(instances(tmp_path, 1)), destination))
     assert caught.value.reason is Reason.DESTINATION_UNREACHABLE
 
 
 def test_a_rejected_association_is_final(tmp_path: Path) -> None:
     with running_scp(called_ae_required=True) as scp, pytest.raises(Permanent) as caught:
-        list(send(instances(tmp_path, 1), at(scp).model_copy(update={"ae_title": "SOMEBODY"})))
+        list(send(syntaxes_of(instances(tmp_path, 1)), at(scp).model_copy(update={"ae_title": "SOMEBODY"})))
     assert caught.value.reason is Reason.DESTINATION_REFUSED
     assert "Called AE title not recognised" in caught.value.detail
 
 
 def test_a_destination_that_takes_no_mr_is_final(tmp_path: Path) -> None:
     with running_scp(sop_classes=["1.2.840.10008.5.1.4.1.1.2"]) as scp, pytest.raises(Permanent) as caught:
-        list(send(instances(tmp_path, 1), at(scp)))
+        list(send(syntaxes_of(instances(tmp_path, 1)), at(scp)))
     assert caught.value.reason is Reason.DESTINATION_REFUSED
     assert "MR Image Storage" in caught.value.detail
 
@@ -130,21 +129,21 @@ def test_a_destination_that_takes_no_mr_is_final(tmp_path: Path) -> None:
 def test_instances_without_an_accepted_context_are_refused_one_by_one(tmp_path: Path) -> None:
     files = instances(tmp_path / "mr", 1) + instances(tmp_path / "enhanced", 1, ENHANCED_MR_IMAGE_STORAGE)
     with running_scp() as scp:
-        answers = list(send(files, at(scp)))
+        answers = list(send(syntaxes_of(files), at(scp)))
     assert verdicts(answers) == [Verdict.SENT, Verdict.REFUSED]
     assert answers[1].status is None
 
 
 def test_a_destination_that_knows_only_implicit_vr_is_served(tmp_path: Path) -> None:
     with running_scp(transfer_syntaxes=[ImplicitVRLittleEndian]) as scp:
-        answers = list(send(instances(tmp_path, 1), at(scp)))
+        answers = list(send(syntaxes_of(instances(tmp_path, 1)), at(scp)))
     assert verdicts(answers) == [Verdict.SENT]
     assert scp.transfer_syntaxes == [ImplicitVRLittleEndian]
 
 
 def test_what_was_answered_before_the_association_broke_stays_answered(tmp_path: Path) -> None:
     with running_scp(abort_after=2) as scp:
-        answers = send(instances(tmp_path, 4), at(scp))
+        answers = send(syntaxes_of(instances(tmp_path, 4)), at(scp))
         assert verdicts([next(answers), next(answers)]) == [Verdict.SENT] * 2
         with pytest.raises(Retryable) as caught:
             next(answers)
@@ -157,20 +156,11 @@ def test_a_destination_that_hangs_up_at_once_is_retried(tmp_path: Path) -> None:
         threading.Thread(target=_hang_up_on_one_caller, args=(server,), daemon=True).start()
         destination = Destination(name="x", host="127.0.0.1", port=server.getsockname()[1], ae_title="X")
         with pytest.raises(Retryable):
-            list(send(instances(tmp_path, 1), destination))
+            list(send(syntaxes_of(instances(tmp_path, 1)), destination))
 
 
 def test_a_result_file_that_has_gone_is_refused_and_the_rest_is_sent(tmp_path: Path) -> None:
     files = [*instances(tmp_path, 2), tmp_path / "gone.dcm"]
     with running_scp() as scp:
-        answers = {answer.path: answer.verdict for answer in send(files, at(scp))}
+        answers = {answer.path: answer.verdict for answer in send(syntaxes_of(files), at(scp))}
     assert answers == {files[0]: Verdict.SENT, files[1]: Verdict.SENT, files[2]: Verdict.REFUSED}
-
-
-def test_the_wait_between_attempts_doubles_is_capped_and_is_never_the_same_for_all() -> None:
-    rng = random.Random(1)
-    waits = [backoff_seconds(attempt, 10.0, 300.0, rng) for attempt in range(1, 12)]
-    assert all(5.0 <= waits[0] <= 10.0 and 10.0 <= wait <= 300.0 for wait in waits[1:])
-    assert all(150.0 <= wait <= 300.0 for wait in waits[6:])
-    assert len(set(waits)) == len(waits)
-    assert backoff_seconds(100_000, 10.0, 300.0, rng) <= 300.0

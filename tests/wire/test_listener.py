@@ -399,7 +399,7 @@ def test_killed_right_after_success_it_has_lost_nothing(tmp_path: Path) -> None:
         running.start()
         assert running.stored().keys() == answered
         with Ledger.open(running.settings.ledger_url) as ledger:
-            assert len(ledger.instances(uid(9, "study"))) == 12
+            assert len(ledger.received.of_study(uid(9, "study"))) == 12
 
 
 def test_killed_at_any_moment_it_keeps_all_that_it_answered_for_and_takes_the_rest_again(tmp_path: Path) -> None:

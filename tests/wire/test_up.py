@@ -49,7 +49,7 @@ class Up:
 
     def jobs(self) -> list[Job]:
         with Ledger.open(self.settings.ledger_url) as ledger:
-            return ledger.jobs()
+            return ledger.jobs.page()
 
     def send(self, *paths: Path) -> None:
         command = [STORESCU, "-aec", "LOWGAD", "127.0.0.1", str(self.dicom_port), *paths]

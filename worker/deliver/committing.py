@@ -26,6 +26,7 @@ from service.core.dicom.commitment import (
 )
 from service.core.dicom.status import COMMITMENT_TEXT, PROCESSING_FAILURE, RESOURCE_LIMITATION, SUCCESS, in_words
 from service.core.errors import Permanent, Reason, Retryable
+from service.core.ledger import LedgerError
 from service.core.settings import Destination
 from service.core.telemetry import Log
 
@@ -57,7 +58,7 @@ def request_commitment(
     """
 
     def answer(event: Any) -> tuple[int, None]:  # pynetdicom has no types
-        with answering(LOG, destination=destination.name) as status:
+        with answering(LOG, LedgerError, destination=destination.name) as status:
             on_report(report_in(event))
         return status[0], None
 

@@ -8,8 +8,7 @@ uncompressed transfer syntaxes, and never log identifiers of patients.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -59,17 +58,28 @@ class Answer:
         return self.verdict in {Verdict.SENT, Verdict.SENT_WITH_WARNING}
 
 
-def send(paths: Sequence[Path], destination: Destination) -> Iterator[Answer]:
+def syntaxes_of(paths: Iterable[Path]) -> dict[Path, tuple[str, str] | None]:
+    """(SOP class UID, transfer syntax UID) of each file, None for one that has gone or is not DICOM.
+
+    One look at each header, before anything is sent and for all destinations together.
+    """
+    return {path: _syntax_of(path) for path in paths}
+
+
+def send(syntaxes: Mapping[Path, tuple[str, str] | None], destination: Destination) -> Iterator[Answer]:
     """Send DICOM files over one association and yield each answer as it comes, so that it can be recorded at once.
 
     Files whose presentation context was not accepted are answered REFUSED while the others are still sent. A file that
     has gone or is not DICOM is answered REFUSED too.
 
+    Args:
+        syntaxes: what `syntaxes_of` says of the files.
+        destination: whom to call.
+
     Raises:
         Retryable: DESTINATION_UNREACHABLE, before or between answers; what was yielded stays true.
         Permanent: DESTINATION_REFUSED, the association was rejected for good or no presentation context was accepted.
     """
-    syntaxes = {path: _syntax_of(path) for path in paths}
     for path in [path for path, syntax in syntaxes.items() if syntax is None]:
         yield Answer(path, Verdict.REFUSED, None, "the file is missing or not DICOM")
     readable = {path: syntax for path, syntax in syntaxes.items() if syntax is not None}
@@ -81,22 +91,7 @@ def send(paths: Sequence[Path], destination: Destination) -> Iterator[Answer]:
             yield _store(association, path, number % 0xFFFF + 1)
 
 
-def backoff_seconds(attempt: int, first_seconds: float, cap_seconds: float, rng: random.Random) -> float:
-    """How long to wait after `attempt` (1, 2, ...) failed: doubled every time, capped, with the upper half random.
-
-    The jitter keeps many jobs that failed together from coming back together.
-    """
-    longest = min(cap_seconds, first_seconds * 2.0 ** min(attempt - 1, 30))
-    return longest * rng.uniform(0.5, 1.0)
-
-
-def is_sendable(path: Path) -> bool:
-    """Whether a file is there, and DICOM."""
-    return _syntax_of(path) is not None
-
-
 def _syntax_of(path: Path) -> tuple[str, str] | None:
-    """(SOP class UID, transfer syntax UID) of a file, None if it is gone or not DICOM."""
     try:
         header = dcmread(path, stop_before_pixels=True, specific_tags=["SOPClassUID"])
         return str(header.SOPClassUID), str(header.file_meta.TransferSyntaxUID)

@@ -26,7 +26,7 @@ from models.volume import Array
 from service.core.association import PLAIN_SYNTAXES, accepting_entity
 from service.core.dicom.status import SUCCESS
 from service.core.settings import Destination
-from worker.deliver.sending import send
+from worker.deliver.sending import send, syntaxes_of
 from worker.lab.montage import write_sheet
 from worker.lab.phantom_study import WHITE_MATTER_LEVEL, write_phantom_study
 
@@ -59,7 +59,9 @@ def demonstrate(out: Path, environ: Mapping[str, str], say: Say, *, seed: int = 
     with _pacs(received) as port, _lowgad_up(out, environ, port, say) as (listener, web):
         sources = sorted(study.glob("*/*.dcm"))
         say(f"sending {len(sources)} instances to lowgad by C-STORE")
-        answers = list(send(sources, Destination(name="lowgad", host="127.0.0.1", port=listener, ae_title="LOWGAD")))
+        answers = list(
+            send(syntaxes_of(sources), Destination(name="lowgad", host="127.0.0.1", port=listener, ae_title="LOWGAD"))
+        )
         if not all(answer.is_sent for answer in answers):
             raise DemoError("lowgad did not accept every instance")
         job = _wait_until_delivered(web, say)

@@ -16,7 +16,6 @@ from typing import Any, Unpack
 
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
-from sqlalchemy.exc import SQLAlchemyError
 
 from service.core.dicom.accepted import DAMAGE
 from service.core.dicom.status import (
@@ -145,11 +144,12 @@ def report_in(event: Any) -> Report:
 
 
 @contextmanager
-def answering(log: Log, **peer: Unpack[Fields]) -> Iterator[list[int]]:
+def answering(log: Log, passing: type[Exception], **peer: Unpack[Fields]) -> Iterator[list[int]]:
     """Gives a list whose one item is the status to answer with, once the block has ended, however it did.
 
     Args:
         log: told of every message that is not taken.
+        passing: what is raised while we cannot note anything, so that the other side comes again.
         peer: who sent it, for the log.
     """
     answer = [SUCCESS]
@@ -158,7 +158,7 @@ def answering(log: Log, **peer: Unpack[Fields]) -> Iterator[list[int]]:
     except MessageError as error:
         answer[0] = error.status
         log.warning(str(error), **(peer | Fields(status=error.status)))
-    except SQLAlchemyError as error:
+    except passing as error:
         answer[0] = RESOURCE_LIMITATION
         log.failure("storage commitment: the database did not answer", error, **(peer | Fields(status=answer[0])))
     except DAMAGE as error:

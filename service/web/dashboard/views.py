@@ -21,8 +21,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from starlette.staticfiles import StaticFiles
 
+from service.core import actor
 from service.core.job import Stage, State
-from service.core.ledger import Commitment, Delivery, DeliveryStatus, Ledger
+from service.core.ledger import CommitmentStatus, Delivery, DeliveryStatus, Ledger
 from service.core.spool import Spool
 from service.web.operations import Action, UnknownJobError, act, possible
 
@@ -87,7 +88,7 @@ def make_router(ledger: Ledger, spool: Spool, queue: Celery) -> APIRouter:
 
     @router.post("/jobs/{job_id}/{action}")
     def press(request: Request, job_id: str, action: Action) -> Response:
-        act(ledger, queue, job_id, action, actor=f"dashboard:{request.client.host if request.client else ''}")
+        act(ledger, queue, job_id, action, actor=actor.operator(request.client.host if request.client else ""))
         return RedirectResponse(f"/jobs/{job_id}", status_code=303)
 
     return router
@@ -104,12 +105,12 @@ def error_page(title: str, detail: str) -> str:
 
 
 def _overview(ledger: Ledger, state: State | None, before: str | None) -> dict[str, Any]:
-    jobs = ledger.jobs(states=[state] if state else None, limit=PAGE_SIZE + 1, before=before)
-    counts = ledger.counts()
+    jobs = ledger.jobs.page(states=[state] if state else None, limit=PAGE_SIZE + 1, before=before)
+    counts = ledger.jobs.counts()
     return {
         "counts": counts,
         "total": sum(counts.values()),
-        "waiting": ledger.studies_waiting(),
+        "waiting": ledger.received.waiting(),
         "jobs": jobs[:PAGE_SIZE],
         "older": jobs[PAGE_SIZE - 1].id if len(jobs) > PAGE_SIZE else None,
         "state": state,
@@ -118,19 +119,19 @@ def _overview(ledger: Ledger, state: State | None, before: str | None) -> dict[s
 
 
 def _job(ledger: Ledger, spool: Spool, job_id: str) -> dict[str, Any]:
-    job = ledger.job(job_id)
+    job = ledger.jobs.get(job_id)
     if job is None:
         raise UnknownJobError(job_id)
-    deliveries = ledger.deliveries(job_id)
+    deliveries = ledger.deliveries.of_job(job_id)
     return {
         "job": job,
         "actions": [action for action in Action if action in possible(job, has_deliveries=bool(deliveries))],
         "has_result": spool.result_dir(job_id).is_dir(),
-        "history": ledger.history(job_id),
+        "history": ledger.jobs.history(job_id),
         "deliveries": deliveries,
         "destinations": _per_destination(deliveries),
         "kept": _kept(deliveries),
-        "inputs": Counter(instance.series_uid for instance in ledger.inputs(job_id)).most_common(),
+        "inputs": Counter(instance.series_uid for instance in ledger.jobs.inputs(job_id)).most_common(),
         "acquisition": list(_acquisition(job.report)),
         "quality": list(_quality(job.report)),
         "results": list(_results(job.report)),
@@ -150,8 +151,8 @@ def _kept(deliveries: Iterable[Delivery]) -> dict[str, dict[str, int]]:
     """Of each destination: how many instances it has committed itself to, of how many it is asked about."""
     kept = {item.destination: {"committed": 0, "total": 0} for item in deliveries}
     for item in deliveries:
-        kept[item.destination]["committed"] += item.commitment is Commitment.COMMITTED
-        kept[item.destination]["total"] += item.commitment is not Commitment.NONE
+        kept[item.destination]["committed"] += item.commitment is CommitmentStatus.COMMITTED
+        kept[item.destination]["total"] += item.commitment is not CommitmentStatus.NONE
     return {name: counts if counts["total"] else {} for name, counts in kept.items()}
 
 
