@@ -17,6 +17,10 @@ def test_readme_is_short() -> None:
     assert len(text.split()) <= 1500
 
 
+def test_no_line_of_the_changelog_is_longer_than_those_of_the_code() -> None:
+    assert max(map(len, text_of("CHANGELOG.md").splitlines())) <= 120
+
+
 def value(table: str, column: str, **wanted: str) -> float:
     """The mean of one figure of the evaluation."""
     lines = (ZOO / DEFAULT_MODEL / "evaluation" / f"{table}.csv").read_text(encoding="utf-8").splitlines()
