@@ -15,7 +15,7 @@ from models.card import STARTED, Card
 Row = dict[str, str]
 Tables = Mapping[str, Sequence[Row]]
 
-STANDARD = "true standard dose"  # a row of the table of methods
+STANDARD = "true standard dose"  # smoothed and gated as in the linear engine: its row in the table of methods
 
 
 @dataclass(frozen=True)
