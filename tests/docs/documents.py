@@ -1,4 +1,4 @@
-"""The documents of this project, and what tests read out of them: blocks, commands, links, parts written from code."""
+"""The documents of this project, and what tests read out of them: blocks, commands and links."""
 
 from __future__ import annotations
 
@@ -16,12 +16,6 @@ DOCUMENTS = sorted(
 
 def text_of(document: str) -> str:
     return (ROOT / document).read_text(encoding="utf-8")
-
-
-def replaced(text: str, name: str, content: str) -> str:
-    """`text` with the part called `name` written anew."""
-    begin, end = rf"<!-- {name}: begin [^>]*-->\n", rf"<!-- {name}: end -->"
-    return re.sub(rf"({begin}).*?({end})", lambda m: m[1] + content + m[2], text, flags=re.DOTALL)
 
 
 def blocks(document: str, language: str) -> list[str]:

@@ -17,7 +17,8 @@ from service.core.errors import Reason
 from service.core.job import TRANSITIONS, State
 from service.core.settings import SITE_FILE_ONLY, Settings
 from service.web.operations import Action, possible
-from tests.docs.documents import ROOT, blocks, replaced, text_of
+from tests.docs.blocks import replaced
+from tests.docs.documents import ROOT, blocks, text_of
 
 OPERATING, INTEGRATING = "deploy/operating.md", "deploy/integrating.md"
 
