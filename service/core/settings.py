@@ -87,7 +87,7 @@ class CommitmentRequestor(BaseModel):
 
 
 class Settings(BaseModel):
-    """The settings; each field's description is what the README shows."""
+    """The settings; each field's description is what deploy/operating.md shows."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -133,8 +133,13 @@ def test_a_card_says_what_the_model_cannot_do_and_shows_every_table(evaluated: P
     card = (evaluated / "CARD.md").read_text()
     titles = [line[3:] for line in card.splitlines() if line.startswith("## ")]
     assert titles == [
+        "What it is for",
+        "What it must not be used for",
+        "The figures that matter",
+        "Operating point",
+        "What it learned from",
         "What it cannot do",
-        "What it was trained on, each stage started from the next",
+        "What the file is",
         "Evaluation",
         "Methods",
         "Lesions of 5 mm and more, against the standard dose",
@@ -145,6 +150,7 @@ def test_a_card_says_what_the_model_cannot_do_and_shows_every_table(evaluated: P
         "Rescans without contrast",
         "What the inputs are worth",
         "What the embedding tells apart",
+        "Every stage of its training, each started from the next",
     ]
     assert "research use" in card
     assert {row["dose"] for row in rows(evaluated, "methods")} == {"10%", "20%", "25%", "33%", "50%", "100%"}

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from scipy import ndimage
 
 import lowgad
-from models.card import ModelError, read_card
+from models.card import STARTED, ModelError, read_card
 from models.condition import MEASURED, NAMES, SEQUENCE_NAMES
 from models.evaluation import metrics as evaluate
 from models.evaluation.ablation import condition_grid, embedding, variance_shares
@@ -57,6 +57,7 @@ from models.training.train import (
     train,
 )
 from models.volume import Array
+from tests.lineage import told
 
 TINY = replace(PRESETS["smoke"], steps=2, full_share=0.5)
 
@@ -93,27 +94,7 @@ def test_the_weights_to_start_from_fit_the_network_and_tell_where_they_come_from
     with as_file(start) as path:
         train(replace(TINY, steps=1), tmp_path, report=lambda _: None, start=path)
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    others = "120 steps of seed 21, 400 steps of seed 9, 240 steps of seed 9"
-    stages = (500, 300, 280, 500, 440, 200, 15100)
-    earlier = (
-        "simulated, started from 1600 steps on: simulated (192 studies of seed 24 and 430 of seed 26), weights "
-        "averaged with those of 1 more (the start of these steps), "
-        "started from 900 steps on: simulated (192 studies of seed 24), weights averaged with those of 2 "
-        "more (the start of these steps, and 600 steps of seed 25 after them), started from 900 steps on, given the "
-        "dose response of 60000 acquisitions of seed 1: simulated (293 studies of seed 19, 83 of which were drawn for "
-        "being MPRAGE, by a flawed state of the simulator, and 97 of seed 17 that are not MPRAGE), weights "
-        "averaged with those of 1 more (900 steps of seed 18), started from 900 steps on: simulated (189 studies "
-        "of seed 15 and 189 of seed 17), weights averaged with those of 1 more (800 steps of seed 16), started "
-        "from the mean of small-8 and two runs of 350 steps: simulated (189 studies of seed 15), weights averaged"
-        " with those of 2 more (350 steps of seed 17, 350 steps of seed 17), weights averaged with those of 2 "
-        "more (360 steps of seed 15, 450 steps of seed 14), started from 360 steps on: simulated (the same), "
-        "started from 450 steps on: simulated (studies of seeds 4 to 9; those of 4 to 7 by earlier states of the "
-        "simulator), weights averaged with those of 1 more (1100 steps of seed 13), started from 1100 steps on: "
-        "simulated, started from 400 steps on: simulated, coarse levels alone, "
-    )
-    earlier += f"started from 240 steps on: simulated, weights averaged with those of 3 more ({others}), "
-    earlier += "".join(f"started from {steps} steps on: simulated, " for steps in stages)
-    assert saved["config"]["data"] == earlier.removesuffix(", ")
+    assert saved["config"]["data"] == f"simulated{STARTED}{told()}"
     assert all(weights.dtype is torch.float32 for weights in saved["average"].values())
 
 

@@ -51,7 +51,7 @@ from models.runtime import LinearEngine, NetworkEngine
 from models.simulation.samples import TEST_SEED, VALIDATION_SEED, Sample
 from models.volume import Array, Mask, Volume
 from service.core.job import JobOptions
-from worker.lab.evaluation_card import Row, Tested, render
+from worker.lab.evaluation_card import STANDARD, Row, Tested, render
 from worker.pipeline import Result, run
 from worker.read.study import find_files
 
@@ -88,7 +88,6 @@ KINDS: dict[str, Callable[[Sample], bool]] = {
     "slices up to 1.5 mm": lambda sample: max(sample.scenario.spacing_mm) <= 1.5,
     "thicker slices": lambda sample: max(sample.scenario.spacing_mm) > 1.5,
 }
-STANDARD = "true standard dose"  # treated as in the linear engine
 COPY, ACQUIRED = "low-dose copy", "standard dose as acquired"
 BASELINES: dict[str, Method] = {
     "linear engine": linear_method,

@@ -1,16 +1,21 @@
-"""The words and tables of CARD.md.
+"""The words and tables of CARD.md: one page in front for whoever has to decide, all tables behind it.
 
-Hides what a card says of an evaluation. Must never say more of a network than its tables show.
+Hides what a card says of an evaluation, and which figures were wanted. Must never say more of a network than its tables
+show, nor leave out a wanted figure that was missed.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from models.card import STARTED, Card
 
 Row = dict[str, str]
+Tables = Mapping[str, Sequence[Row]]
+
+STANDARD = "true standard dose"  # smoothed and gated as in the linear engine: its row in the table of methods
 
 
 @dataclass(frozen=True)
@@ -24,30 +29,120 @@ class Tested:
     beside: tuple[Card, ...]  # networks it is compared with
 
 
-def render(card: Card, tables: Mapping[str, Sequence[Row]], tested: Tested) -> str:
+@dataclass(frozen=True)
+class _Figure:
+    """A figure of the front page: where it stands in the tables, and what was wanted of the network.
+
+    Args:
+        words: what it says.
+        table: name of the table.
+        row: column and value that pick its rows, one for each method.
+        column: of the figure.
+        most: the highest value that was wanted; None: no upper limit.
+        least: the lowest value that was wanted; None: no lower limit.
+    """
+
+    words: str
+    table: str
+    row: tuple[str, str]
+    column: str
+    most: float | None = None
+    least: float | None = None
+
+
+_FIGURES = (
+    _Figure("error, 33 % of the dose", "methods", ("dose", "33%"), "ce_error"),
+    _Figure("error, 10 % of the dose", "methods", ("dose", "10%"), "ce_error"),
+    _Figure("error over the linear engine's, 33 %", "methods", ("dose", "33%"), "error_over_linear"),
+    _Figure("error over the linear engine's, 10 %", "methods", ("dose", "10%"), "error_over_linear", most=0.6),
+    _Figure("error over the linear engine's, real pair", "real", ("data", "real pair"), "error_over_linear", most=0.8),
+    _Figure("false voxels per mL of quiet brain, 33 %", "methods", ("dose", "33%"), "false_per_ml", most=0.1),
+    _Figure("false voxels per mL of quiet brain, 10 %", "methods", ("dose", "10%"), "false_per_ml"),
+    _Figure("false voxels per mL near enhancement, 33 %", "methods", ("dose", "33%"), "halo_per_ml"),
+    _Figure("false voxels per mL near enhancement, 10 %", "methods", ("dose", "10%"), "halo_per_ml"),
+    _Figure("false voxels per mL, no contrast given, said to be 33 %", "rescans", ("said", "33%"), "false_per_ml"),
+    _Figure("false voxels per mL, no contrast given, said to be 10 %", "rescans", ("said", "10%"), "false_per_ml"),
+    _Figure("lesions of 5 mm and more found, 33 %", "large", ("dose", "33%"), "found_above_0.1"),
+    _Figure("these less those of the standard dose", "large", ("dose", "33%"), "above_0.1_less_standard", least=-0.03),
+    _Figure("the same at half a false component", "large", ("dose", "33%"), "at_0.5_false_less_standard", least=-0.03),
+    _Figure("lesions of 5 mm and more found, 10 %", "large", ("dose", "10%"), "found_above_0.1"),
+)
+
+
+def render(card: Card, tables: Tables, tested: Tested) -> str:
     """CARD.md; tables by name, of which those without words of their own are left out."""
-    head = (
-        f"# {card.id}\n\n"
-        f"**{card.intended_use}.**\n\n"
-        f"Predicts the contrast signal of the standard dose from a pre-contrast and a low-dose T1 volume.\n\n"
-        f"| | |\n| --- | --- |\n| variant | {card.variant} |\n"
-        f"| training | preset {card.preset}, {card.steps} steps, seed {card.seed} |\n"
-        f"| operating point | {_operating_point(card)} |\n"
-        f"| ONNX opset | {card.opset} |\n| contract | {card.contract} |\n"
-        f"| SHA-256 of model.onnx | `{card.sha256}` |\n\n"
+    preface = _words(_PREFACE).format(
+        studies=tested.studies, refused=tested.refused, side=tested.side, quiet=tested.quiet
     )
-    limits = f"## What it cannot do\n\n{_bullets(card.limits)}"
-    data = f"## What it was trained on, each stage started from the next\n\n{_bullets(card.stages)}"
     beside = f"\nNetworks it is compared with:\n\n{_bullets(map(_compared, tested.beside))}" if tested.beside else ""
     parts = [
         f"\n## {title}\n\n{_words(text)}\n\n{_table(tables[name])}"
         for name, (title, text) in _TEXTS.items()
         if name in tables
     ]
-    preface = _words(_PREFACE).format(
-        studies=tested.studies, refused=tested.refused, side=tested.side, quiet=tested.quiet
+    stages = f"\n## Every stage of its training, each started from the next\n\n{_bullets(card.stages)}"
+    return f"{front(card, tables)}\n## Evaluation\n\n{preface}\n{beside}{''.join(parts)}{stages}"
+
+
+def front(card: Card, tables: Tables) -> str:
+    """The first page of CARD.md: purpose, figures with what was missed, operating point, data and limits."""
+    earlier = len(card.stages) - 1
+    started = (
+        f"\nIt started from other weights. The end of this card lists {earlier} earlier stages.\n" if earlier else ""
     )
-    return f"{head}{limits}\n{data}\n## Evaluation\n\n{preface}\n{beside}{''.join(parts)}"
+    figures = _table(list(_figures(tables))) if {*tables} & {figure.table for figure in _FIGURES} else ""
+    return (
+        f"# {card.id}\n\n**{card.intended_use}.**\n\n"
+        f"## What it is for\n\n{_words(_PURPOSE)}\n\n"
+        f"## What it must not be used for\n\n{_bullets(_MISUSES)}\n"
+        f"## The figures that matter\n\n{_words(_FIGURES_SAY)}\n\n{figures}\n"
+        f"## Operating point\n\n{_operating_point(card).capitalize()}. {_words(_OPERATING)}\n\n"
+        f"## What it learned from\n\n{card.stages[0]}\n{started}\n"
+        f"## What it cannot do\n\n{_bullets(card.limits)}\n"
+        f"## What the file is\n\n"
+        f"| | |\n| --- | --- |\n| variant | {card.variant} |\n"
+        f"| training | preset {card.preset}, {card.steps} steps, seed {card.seed} |\n"
+        f"| ONNX opset | {card.opset} |\n| contract | {card.contract} |\n"
+        f"| SHA-256 of model.onnx | `{card.sha256}` |\n"
+    )
+
+
+def _figures(tables: Tables) -> Iterable[Row]:
+    """One row for each figure that the tables hold."""
+    for figure in _FIGURES:
+        column, value = figure.row
+        rows = {row["method"]: row for row in tables.get(figure.table, ()) if row[column] == value}
+        if not rows:
+            continue
+        whole = next((row for row in tables[figure.table] if row["method"] == STANDARD), {})
+        network = rows["network"][figure.column]
+        yield {
+            "figure": figure.words,
+            "network": network,
+            "linear engine": rows["linear engine"][figure.column],
+            "standard dose": whole.get(figure.column, ""),
+            "wanted": _wanted(figure),
+            "reached": _reached(figure, network),
+        }
+
+
+def _wanted(figure: _Figure) -> str:
+    if figure.most is not None:
+        return f"at most {figure.most:g}"
+    return "" if figure.least is None else f"at least {figure.least:g}"
+
+
+def _reached(figure: _Figure, found: str) -> str:
+    """Whether the network reached what was wanted: its mean, and every value of its interval."""
+    if figure.most is None and figure.least is None:
+        return ""
+    within = [
+        (figure.most is None or value <= figure.most) and (figure.least is None or value >= figure.least)
+        for value in map(float, re.findall(r"-?\d+\.\d+|nan", found))
+    ]
+    if not within or not within[0]:
+        return "**no**"
+    return "yes" if all(within) else "by the mean alone: the interval reaches beyond"
 
 
 def _compared(card: Card) -> str:
@@ -79,6 +174,27 @@ def _table(rows: Sequence[Row]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+_PURPOSE = """
+Research on reduced-dose contrast in brain MRI. From a pre-contrast and a low-dose T1 volume of one head it predicts the
+contrast signal that the standard dose would have shown. Its result belongs beside the acquired images, never in their
+place.
+"""
+_MISUSES = (
+    "diagnosis, treatment or any other decision about a patient",
+    "a reason to give a patient less contrast agent",
+    "a replacement of an acquired image; what it does not show may still be there, and what it shows may be false",
+    "measuring how strongly something enhances: strength is predicted, not measured",
+    "acquisitions that it was not trained on, or another organ than the brain: see below what it cannot do",
+)
+_FIGURES_SAY = """
+Mean and 95 % interval over simulated studies that it was not trained on; the real pair is one study and has no
+interval. Errors are in units of white matter, where the truth enhances. The standard dose is another scan, smoothed and
+gated as in the linear engine. Where the table names a wanted figure, it was set before this network was made.
+Half a false component: every method is held to the threshold that leaves that many a study.
+"""
+_OPERATING = """
+A gate decides where signal is shown. A larger offset shows less that is false and misses more that is true.
+"""
 _PREFACE = """
 Simulated studies: {studies} from seeds that no training run used, the same anatomy at every dose. Each is a block of
 {side} voxels a side, randomly placed in a head: counts per study are not counts per head. {refused} more were drawn
