@@ -116,7 +116,7 @@ def api(*, supervised: bool) -> None:
     from service.core.queue import make_celery
     from service.core.spool import Spool
     from service.supervisor import report_ready
-    from service.web.api import create_app
+    from service.web.api.app import create_app
 
     telemetry.configure()
     settings = _settings(os.environ)
@@ -167,14 +167,15 @@ def work(queues: tuple[str, ...], *, supervised: bool) -> None:
 @main.command()
 def doctor() -> None:
     """Check that everything lowgad needs is there; exit status 1 when something is missing."""
-    from service.doctor import Check, checks, examine
+    from service.doctor import checks
+    from service.probes import Probe, examine
 
     settings = _settings(os.environ)
     to_check = [
-        Check("settings", lambda: "are valid"),
+        Probe("settings", lambda: "are valid"),
         *checks(settings),
-        Check("protocols", lambda: _protocols(settings)),
-        Check("model", lambda: _model(settings)),
+        Probe("protocols", lambda: _protocols(settings)),
+        Probe("model", lambda: _model(settings)),
     ]
     failures = 0
     for finding in examine(to_check):
@@ -442,13 +443,13 @@ def _outputs(settings: Settings) -> Outputs:
 
 def _protocols(settings: Settings) -> str:
     """What the doctor says about the site's protocols, which were valid when the settings were read."""
-    from service.doctor import CheckFailedError
+    from service.probes import ProbeFailedError
     from worker.read.contrast import is_standard_dose
 
     for protocol in settings.protocols:
         dose = protocol.dose_mmol_per_kg
         if dose is not None and is_standard_dose(dose, protocol.agent):
-            raise CheckFailedError(f"{protocol.name}: {dose:g} mmol/kg is about the standard dose")
+            raise ProbeFailedError(f"{protocol.name}: {dose:g} mmol/kg is about the standard dose")
     return f"{len(settings.protocols)} in the site file"
 
 
@@ -456,13 +457,13 @@ def _model(settings: Settings) -> str:
     """What the doctor says about the model: its card is read, its digest checked, and it is loaded."""
     from models.card import ModelError, read_card
     from models.runtime import NetworkEngine
-    from service.doctor import CheckFailedError
+    from service.probes import ProbeFailedError
 
     try:
         card = read_card(_model_folder(settings))
         engine = NetworkEngine(card.folder)
     except ModelError as error:
-        raise CheckFailedError(str(error)) from None
+        raise ProbeFailedError(str(error)) from None
     return f"{card.id} {card.version} on {engine.provider}"
 
 

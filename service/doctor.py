@@ -6,92 +6,52 @@ print a setting's value, which may be a secret.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
+from service import probes
 from service.core.association import PLAIN_SYNTAXES, VERIFICATION, associated
 from service.core.dicom.commitment import PUSH_MODEL
 from service.core.dicom.status import SUCCESS
 from service.core.errors import Permanent, Retryable
 from service.core.ledger import Ledger, LedgerError
-from service.core.queue import is_reachable, make_celery
+from service.core.queue import make_celery
 from service.core.settings import Destination, Settings
 from service.core.spool import Spool
+from service.probes import Probe, ProbeFailedError
 
 ANSWER_SECONDS = 5.0
 _WHERE = "see the site file and the destination's own list of AE titles"
 OVERDUE_SECONDS = 300.0  # a listener that lives reports within seconds, one after the other
 
 
-class CheckFailedError(Exception):
-    """What is wrong, and what to do about it."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing to look at. `run` gives a detail, or raises CheckFailedError."""
-
-    name: str
-    run: Callable[[], str]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a check found."""
-
-    name: str
-    ok: bool
-    detail: str
-
-
-def checks(settings: Settings) -> list[Check]:
+def checks(settings: Settings) -> list[Probe]:
     """Database, spool, disk, broker, every destination, and our reports to others where they may ask for them."""
-    reports = [Check("commitment reports", lambda: _reports(settings))] if settings.commitment_requestors else []
+    reports = [Probe("commitment reports", lambda: _reports(settings))] if settings.commitment_requestors else []
     return [
-        Check("database", lambda: _database(settings)),
-        Check("spool", lambda: _spool(settings)),
-        Check("broker", lambda: _broker(settings)),
+        Probe("database", lambda: _database(settings)),
+        Probe("spool", lambda: _spool(settings)),
+        Probe("broker", lambda: probes.broker(make_celery(settings))),
         *reports,
-        *(Check(f"destination {item.name}", partial(_destination, item)) for item in settings.destinations),
+        *(Probe(f"destination {item.name}", partial(_destination, item)) for item in settings.destinations),
     ]
-
-
-def examine(to_check: Sequence[Check]) -> Iterator[Finding]:
-    """Run the checks one after the other."""
-    for check in to_check:
-        try:
-            yield Finding(check.name, ok=True, detail=check.run())
-        except CheckFailedError as error:
-            yield Finding(check.name, ok=False, detail=str(error))
 
 
 def _database(settings: Settings) -> str:
     try:
         with Ledger.open(settings.ledger_url) as ledger:
-            waiting = sum(ledger.jobs.counts().values())
+            jobs = sum(ledger.jobs.counts().values())
     except (LedgerError, OSError) as error:
-        raise CheckFailedError(f"cannot be opened ({type(error).__name__}); see database_url and data_dir") from None
-    return f"tables are up to date, {waiting} jobs"
+        raise ProbeFailedError(f"cannot be opened ({type(error).__name__}); see database_url and data_dir") from None
+    return f"tables are up to date, {jobs} jobs"
 
 
 def _spool(settings: Settings) -> str:
     try:
         spool = Spool(settings.spool_dir, settings.disk_low_bytes)
-        with spool.workspace() as folder:
-            (folder / "probe").write_bytes(b"probe")
     except OSError as error:
-        raise CheckFailedError(f"cannot be written ({type(error).__name__}); see data_dir") from None
-    free = f"{spool.free_bytes() >> 20} MiB free"
-    if spool.is_low():
-        raise CheckFailedError(f"{free}, less than disk_low_bytes: everything is refused until space is freed")
-    return free
-
-
-def _broker(settings: Settings) -> str:
-    if not is_reachable(make_celery(settings)):
-        raise CheckFailedError("does not answer; studies are taken in but not computed; see broker_url")
-    return "answers"
+        raise ProbeFailedError(f"cannot be written ({type(error).__name__}); see data_dir") from None
+    probes.writable(spool)
+    return probes.disk(spool)
 
 
 def _reports(settings: Settings) -> str:
@@ -99,9 +59,9 @@ def _reports(settings: Settings) -> str:
         with Ledger.open(settings.ledger_url) as ledger:
             overdue = ledger.requests.overdue(OVERDUE_SECONDS + settings.sweep_seconds)
     except (LedgerError, OSError) as error:
-        raise CheckFailedError(f"cannot be told without the database ({type(error).__name__})") from None
+        raise ProbeFailedError(f"cannot be told without the database ({type(error).__name__})") from None
     if overdue:
-        raise CheckFailedError(
+        raise ProbeFailedError(
             f"{overdue} are overdue: no listener sends them; is `lowgad listen` running, what is its log?"
         )
     return "none is overdue"
@@ -121,11 +81,11 @@ def _destination(destination: Destination) -> str:
             answer = association.send_c_echo()
             accepted = {context.abstract_syntax for context in association.accepted_contexts}
     except Permanent as error:
-        raise CheckFailedError(f"refuses our AE titles or what we offer: {error.detail}; {_WHERE}") from None
+        raise ProbeFailedError(f"refuses our AE titles or what we offer: {error.detail}; {_WHERE}") from None
     except Retryable as error:
-        raise CheckFailedError(f"does not answer: {error.detail}; {_WHERE}") from None
+        raise ProbeFailedError(f"does not answer: {error.detail}; {_WHERE}") from None
     if getattr(answer, "Status", None) != SUCCESS:
-        raise CheckFailedError("does not answer C-ECHO")
+        raise ProbeFailedError("does not answer C-ECHO")
     if destination.storage_commitment and PUSH_MODEL not in accepted:
-        raise CheckFailedError("answers C-ECHO and does not know storage commitment; switch storage_commitment off")
+        raise ProbeFailedError("answers C-ECHO and does not know storage commitment; switch storage_commitment off")
     return "answers C-ECHO"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import sys
 import traceback
 from datetime import UTC, datetime
@@ -91,10 +92,23 @@ class _Json(logging.Formatter):
         if record.name.startswith(OUR_LOGGER):
             line |= {"message": record.getMessage(), **getattr(record, "fields", {})}
         else:
-            line |= {"message": str(record.msg) if record.args else "", "logger": record.name, "line": record.lineno}
+            line |= {"message": _constant_part(record), "logger": record.name, "line": record.lineno}
         if record.exc_info and record.exc_info[1]:
             line["error"] = _describe(record.exc_info[1])
         return json.dumps(line)
+
+
+_WARNING = re.compile(r"(?P<place>.+?:\d+): (?P<category>\w+): ")  # how `warnings` writes one
+
+
+def _constant_part(record: logging.LogRecord) -> str:
+    """What a library's message says without the values in it; where it has no such part, who wrote it."""
+    if record.name == "py.warnings":
+        found = _WARNING.match(record.getMessage())
+        return f"{found['category']} at {found['place']}" if found else "a warning"
+    if record.args and re.search("[a-z]{2}", str(record.msg)):
+        return str(record.msg)
+    return f"a message of {record.module}.{record.funcName}"
 
 
 def _describe(error: BaseException) -> list[str]:

@@ -10,11 +10,17 @@ from dataclasses import replace
 from enum import Enum
 
 from celery import Celery
+from starlette.requests import HTTPConnection
 
 from service.core.job import TRANSITIONS, Job, State
 from service.core.ledger import Ledger
 from service.core.queue import enqueue
 from service.intake import Intake
+
+
+def address_of(request: HTTPConnection) -> str:
+    """The network address that a request came from; empty where it is not known."""
+    return request.client.host if request.client else ""
 
 
 class Action(Enum):

@@ -37,6 +37,19 @@ CONSTANT: dict[type[Exception], tuple[int, str, str]] = {
 }
 
 
+# Of requests that end without a job: name, status, and what whoever asked should read.
+HTTP_NAMES = {
+    "BAD_REQUEST": "The request cannot be read; the detail says what is wrong with it.",
+    "INVALID_REQUEST": "A field of the request is missing, unknown or has a value that cannot be meant.",
+    "NOT_FOUND": "There is no such page, job or result.",
+    "METHOD_NOT_ALLOWED": "This address does not take this kind of request.",
+    "CONFLICT": "The state of the job does not allow this now.",
+    "UNSUPPORTED_MEDIA_TYPE": "An upload is multipart/form-data; the detail says what came.",
+    "ANOTHER_SITE": "A page of another site asked a browser to act here. Only pages of lowgad may.",
+    "DATABASE_UNAVAILABLE": "The database does not answer. Try again.",
+}
+
+
 class Problem(BaseModel):
     """The body of every error."""
 
@@ -71,6 +84,12 @@ def answer(found: Problem) -> Response:
     return JSONResponse(found.model_dump(), status_code=found.status, media_type=MEDIA_TYPE)
 
 
+def explained() -> dict[str, tuple[str | None, str]]:
+    """Every name that `reason` of a problem or a job may have: the outcome of a job with it, and what it means."""
+    of_jobs = {reason.name: (reason.outcome.name, reason.text) for reason in Reason}
+    return of_jobs | {name: (None, text) for name, text in HTTP_NAMES.items()}
+
+
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """`responses=` of an operation that may end in these statuses."""
     content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
@@ -100,7 +119,8 @@ def _describe(error: Exception) -> Problem:
     match error:
         case HTTPException():
             status = HTTPStatus(error.status_code)
-            return problem(status, status.name, status.phrase, error.detail)
+            name = status.name if status.name in HTTP_NAMES else "BAD_REQUEST"
+            return problem(status, name, status.phrase, error.detail)
         case RequestValidationError():
             return problem(422, "INVALID_REQUEST", "The request is not valid.", _explain(error.errors()))
         case LowgadError(reason=reason, detail=detail):

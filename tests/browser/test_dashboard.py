@@ -25,7 +25,7 @@ from service.core.settings import Settings
 from service.core.spool import Spool
 from service.intake import Intake
 from service.objects import from_file
-from service.web.api import create_app
+from service.web.api.app import create_app
 from service.web.dashboard.views import BANNER
 from tests.factories import encode, make_pair, uid
 from tests.peers import MR_IMAGE_STORAGE, wait_until

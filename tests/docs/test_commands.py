@@ -13,7 +13,7 @@ from service.core.ledger import Ledger
 from service.core.queue import make_celery
 from service.core.settings import Settings
 from service.core.spool import Spool
-from service.web.api import create_app
+from service.web.api.app import create_app
 from tests.docs.documents import DOCUMENTS, ROOT, blocks, command_lines, text_of
 
 SHOWS_COMMANDS = [name for name in DOCUMENTS if command_lines(name, "lowgad")]

@@ -143,9 +143,8 @@ def test_a_wheel_holds_every_module_and_every_data_file(tmp_path: Path) -> None:
 
 
 def test_receiving_processing_and_simulating_need_neither_torch_nor_onnx() -> None:
-    modules = (
-        "lowgad, service.web.api, service.dicom.listener, worker.app, worker.lab.demo, worker.pipeline, models.runtime"
-    )
+    roles = "service.web.api.app, service.dicom.listener"
+    modules = f"lowgad, {roles}, worker.app, worker.lab.demo, worker.pipeline, models.runtime"
     look = f"import sys, {modules}; print(sorted({{'torch', 'onnx', 'matplotlib'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

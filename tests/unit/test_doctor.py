@@ -9,7 +9,8 @@ from lowgad import main
 from service.core.dicom.commitment import Reference, Request
 from service.core.ledger import Ledger
 from service.core.settings import CommitmentRequestor, Destination, Settings
-from service.doctor import checks, examine
+from service.doctor import checks
+from service.probes import examine
 from tests.conftest import Clock
 from tests.peers import MR_IMAGE_STORAGE, free_port, running_scp
 

@@ -25,7 +25,7 @@ from service.core import actor
 from service.core.job import Stage, State
 from service.core.ledger import CommitmentStatus, Delivery, DeliveryStatus, Ledger
 from service.core.spool import Spool
-from service.web.operations import Action, UnknownJobError, act, possible
+from service.web.operations import Action, UnknownJobError, act, address_of, possible
 
 PAGE_SIZE = 50
 BANNER = "Research use. Trained on simulated data. Not a medical device."
@@ -88,7 +88,7 @@ def make_router(ledger: Ledger, spool: Spool, queue: Celery) -> APIRouter:
 
     @router.post("/jobs/{job_id}/{action}")
     def press(request: Request, job_id: str, action: Action) -> Response:
-        act(ledger, queue, job_id, action, actor=actor.operator(request.client.host if request.client else ""))
+        act(ledger, queue, job_id, action, actor=actor.operator(address_of(request)))
         return RedirectResponse(f"/jobs/{job_id}", status_code=303)
 
     return router
