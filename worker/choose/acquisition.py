@@ -15,8 +15,8 @@ from pydicom.dataset import Dataset
 
 from models.condition import Conditions
 from models.preprocess import Prepared
-from service.core.dicom.header import number, texts
 from service.core.dicom.site_rules import Protocol
+from service.core.dicom.values import number, texts
 from service.core.errors import Permanent, Reason
 from worker.choose.pairing import Pair
 from worker.read.contrast import (

@@ -9,7 +9,6 @@ have to agree and none may say the contrary, or a person decides (ADR 9). The im
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -18,8 +17,10 @@ import numpy as np
 
 from models.agents import find_agent
 from models.quality import LIMITS, Verdict
-from service.core.dicom.header import date_and_time, has_contrast, numbers, other_body_part, texts, why_not_t1, words
+from service.core.dicom.header import has_contrast, other_body_part, why_not_t1
 from service.core.dicom.site_rules import Protocol, names_of, stated
+from service.core.dicom.values import date_and_time, numbers, texts
+from service.core.dicom.vocabulary import contrast_said
 from service.core.errors import Permanent, Reason
 from worker.choose.timepoints import are_of_one_visit, hours_apart, span_visits
 from worker.read.contrast import DISAGREEMENT, Known, is_standard_dose, read_agent, read_dose, read_weight
@@ -324,23 +325,13 @@ def _order(first: Series, second: Series) -> int:
     return 0
 
 
-_WITHOUT = re.compile(
-    r"pre(?:gd|gad|gado|con|contrast|km|kontrast)?|nativ\w*|ohne|without|w/o|wo|sans|senza|sin|non|noncon\w*|plain|vor"
-    r"|avant|unenhanced"
-)
-_AFTER = re.compile(r"post(?:gd|gad|gado|con|contrast|km|kontrast)?|nach|apres|after|with|mit|avec|delayed|enhanced")
-_AGENT = re.compile(r"km|kontrast\w*|contrast\w*|ce|gd|gad|gado\w*|\+c|c\+|\+gd|gd\+")
-
-
 def _words(series: Series) -> int:
     """+1 when the description speaks of contrast agent, -1 when it denies it, 0 when it says neither or both."""
     for keyword in ("SeriesDescription", "ProtocolName"):
         text = " ".join(texts(series.header, keyword))
-        said = words(text)
-        without, after = any(map(_WITHOUT.fullmatch, said)), any(map(_AFTER.fullmatch, said))
-        agent = any(map(_AGENT.fullmatch, said)) or find_agent(text) is not None
-        if without or after or agent:
-            return int((after or agent) and not without) - int(without and not after)
+        said = contrast_said(text, names_agent=find_agent(text) is not None)
+        if said is not None:
+            return said
     return 0
 
 

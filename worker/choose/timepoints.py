@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 
 from pydicom.dataset import Dataset
 
-from service.core.dicom.header import date_and_time
+from service.core.dicom.values import date_and_time
 from worker.read.study import Series
 
 LONGEST_BREAK = timedelta(hours=2)  # between two series of one visit; few stay in a scanner as long as that

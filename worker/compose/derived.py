@@ -17,7 +17,7 @@ import numpy.typing as npt
 from pydicom.dataset import Dataset
 
 from models.volume import Array
-from service.core.dicom.header import items, number, texts
+from service.core.dicom.values import items, number, texts
 from service.core.errors import Permanent, Reason
 from service.core.job import Kind
 from worker.compose import watermark

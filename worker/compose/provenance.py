@@ -27,7 +27,8 @@ from pydicom.sr.coding import Code
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from models.runtime import LinearEngine
-from service.core.dicom.header import PRIVATE_CREATOR, PRIVATE_GROUP, PRODUCT_NAME, items, number, numbers, texts
+from service.core.dicom.header import PRIVATE_CREATOR, PRIVATE_GROUP, PRODUCT_NAME
+from service.core.dicom.values import items, number, numbers, texts
 from service.core.job import Kind
 from worker.compose.attributes import without_private
 from worker.read.planes import Plane

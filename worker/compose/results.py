@@ -26,7 +26,8 @@ from pydicom.uid import (
 
 from models.preprocess import Prepared
 from models.volume import Array
-from service.core.dicom.header import PRODUCT_NAME, numbers, texts
+from service.core.dicom.header import PRODUCT_NAME
+from service.core.dicom.values import numbers, texts
 from service.core.job import Kind
 from worker.choose.pairing import Pair
 from worker.compose.attributes import OBJECT_TABLE, fill_table

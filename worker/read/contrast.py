@@ -18,8 +18,9 @@ from pydicom.sr.coding import Code
 from pydicom.tag import Tag
 
 from models.agents import AGENTS, BY_NAME, Agent, named_agents
-from service.core.dicom.header import administered_agents, items, number, texts
+from service.core.dicom.header import administered_agents
 from service.core.dicom.site_rules import Protocol, names_of, stated
+from service.core.dicom.values import items, number, texts
 from worker.read.study import Series
 
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pydicom.dataset import Dataset
 
 from models.quality import Figure, judge_sequences
-from service.core.dicom.header import number, texts
+from service.core.dicom.values import number, texts
 from worker.read.contrast import Known, tag
 from worker.read.study import Series
 

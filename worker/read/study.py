@@ -20,8 +20,9 @@ from pydicom.dataset import Dataset
 
 from models.volume import Volume
 from service.core.dicom.accepted import HEAD_BYTES, SOP_CLASSES, may_be_image
-from service.core.dicom.header import is_synthetic, number, numbers, texts
+from service.core.dicom.header import is_synthetic
 from service.core.dicom.series import STEP_TOLERANCE, Fault, HeaderSummary, count_fault, geometry_faults
+from service.core.dicom.values import number, numbers, texts
 from service.core.errors import Permanent, Reason
 from worker.read.planes import Instance, Plane, read_instance
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydicom.dataset import Dataset
 
-from service.core.dicom.header import texts
+from service.core.dicom.values import texts
 
 KEYWORDS = {  # pattern of a rule: the attribute it is compared with
     "protocol_name": "ProtocolName",
