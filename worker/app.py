@@ -43,9 +43,10 @@ from service.core.queue import DELIVER, PROCESS, enqueue_deliver, make_celery
 from service.core.settings import Destination, Settings
 from service.core.spool import Spool
 from service.core.telemetry import Log
+from worker.compose.files import write_result
 from worker.deliver.committing import request_commitment
 from worker.deliver.sending import Answer, Verdict, backoff_seconds, is_sendable, send
-from worker.pipeline import Progress, write_result
+from worker.pipeline import Progress
 
 BEATS_PER_LEASE = 4
 REPORT_EVERY_SECONDS = 0.5  # progress goes to the ledger no more often than this

@@ -22,8 +22,8 @@ from service.core.errors import Permanent, Reason
 from service.core.job import Kind
 from worker.compose import watermark
 from worker.compose.attributes import fill_table
+from worker.compose.context import DerivationContext
 from worker.compose.provenance import (
-    DerivationContext,
     add_marks,
     code,
     derivation,
