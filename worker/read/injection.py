@@ -21,7 +21,7 @@ from worker.read.agent import read_agent
 from worker.read.known import ContradictionError, Known, of_site, refuse_differing, tag
 from worker.read.planes import Plane
 
-STANDARD_DOSE_FRACTION = 0.7  # from here on there is nothing to synthesise
+_STANDARD_DOSE_FRACTION = 0.7  # from here on there is nothing to synthesise
 _DISAGREEMENT = 1.2  # ratio of the larger to the smaller of two statements of a dose
 _GADOLINIUM_MG_PER_MMOL = 157.25
 
@@ -124,7 +124,7 @@ def standard_dose(agent: str | None) -> float:
 
 def is_standard_dose(dose_mmol_per_kg: float, agent: str | None) -> bool:
     """Whether so much was injected that there is nothing to synthesise."""
-    return dose_mmol_per_kg >= STANDARD_DOSE_FRACTION * standard_dose(agent)
+    return dose_mmol_per_kg >= _STANDARD_DOSE_FRACTION * standard_dose(agent)
 
 
 def disagree(one: float, other: float) -> bool:
