@@ -7,15 +7,13 @@ Exit codes: 0 done, 1 error, 2 usage, 3 needs review, 4 rejected.
 from __future__ import annotations
 
 import functools
-import json
 import os
-import shutil
 import signal
 import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -29,7 +27,7 @@ if TYPE_CHECKING:
     from service.core.job import Stage
     from service.core.ledger import Ledger
     from service.core.settings import Settings
-    from worker.compose.results import Outputs
+    from worker.compose.context import Outputs
 
 STUDY = click.Path(exists=True, file_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -156,7 +154,7 @@ def work(queues: tuple[str, ...], *, supervised: bool) -> None:
     signals.worker_ready.connect(say_ready)
     signals.setup_logging.connect(_leave_logging_alone)
     compute = functools.partial(
-        run, allow_unknown=settings.allow_unknown, protocols=settings.protocols, outputs=_outputs(settings)
+        run, allow_unknown=settings.allow_unknown, rules=settings.protocols, outputs=_outputs(settings)
     )
     app = make_app(settings, compute, lambda name: _engine(settings, name))
     names = ",".join(queues or ("process", "deliver"))
@@ -193,9 +191,9 @@ def doctor() -> None:
 def run(study: Path, out: Path, engine: str | None, pre_series_uid: str | None, low_series_uid: str | None) -> None:
     """Process the DICOM files of one STUDY folder without any server."""
     from service.core.job import JobOptions
+    from worker.compose.files import write_result
     from worker.lab.montage import write_montage
     from worker.pipeline import run as run_pipeline
-    from worker.pipeline import write_result
     from worker.read.study import find_files
 
     settings = _settings(os.environ)
@@ -204,7 +202,7 @@ def run(study: Path, out: Path, engine: str | None, pre_series_uid: str | None, 
     with _outcome(out), _progress() as progress:
         result = run_pipeline(
             find_files(study), options, _engine(settings, options.engine), progress,
-            allow_unknown=settings.allow_unknown, protocols=settings.protocols, outputs=_outputs(settings),
+            allow_unknown=settings.allow_unknown, rules=settings.protocols, outputs=_outputs(settings),
         )  # fmt: skip
         write_result(result.series, result.report, out)
         write_montage(result.prepared, result.signal, out / "montage.png")
@@ -436,7 +434,7 @@ def _engine(settings: Settings, name: str) -> Engine:
 
 def _outputs(settings: Settings) -> Outputs:
     """What the site wants of each job."""
-    from worker.compose.results import Outputs
+    from worker.compose.context import Outputs
 
     return Outputs(settings.results, settings.watermark, settings.dose_factor, settings.segmentation_threshold)
 
@@ -444,12 +442,10 @@ def _outputs(settings: Settings) -> Outputs:
 def _protocols(settings: Settings) -> str:
     """What the doctor says about the site's protocols, which were valid when the settings were read."""
     from service.probes import ProbeFailedError
-    from worker.read.contrast import is_standard_dose
+    from worker.read.injection import faults_of
 
-    for protocol in settings.protocols:
-        dose = protocol.dose_mmol_per_kg
-        if dose is not None and is_standard_dose(dose, protocol.agent):
-            raise ProbeFailedError(f"{protocol.name}: {dose:g} mmol/kg is about the standard dose")
+    if fault := next(faults_of(settings.protocols), None):
+        raise ProbeFailedError(fault)
     return f"{len(settings.protocols)} in the site file"
 
 
@@ -476,26 +472,24 @@ def _model_folder(settings: Settings) -> Path:
 
 def _clear(out: Path) -> None:
     """An earlier result must not stand beside the reason why this run gave none."""
-    from service.core.job import Kind
+    from worker.compose.files import remove_result
 
-    for kind in Kind:
-        shutil.rmtree(out / kind.value, ignore_errors=True)
-    for name in ("report.json", "montage.png"):
-        (out / name).unlink(missing_ok=True)
+    remove_result(out)
+    (out / "montage.png").unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
 def _outcome(out: Path) -> Iterator[None]:
     """A named reason becomes report.json, one line on standard error and the exit code."""
+    from worker.compose.files import write_report
+    from worker.compose.report import report_refusal
+
     try:
         yield
     except LowgadError as error:
         reason = error.reason
-        report: dict[str, Any] = {"outcome": reason.outcome.name, "reason": reason.name, "text": reason.text}
-        (out / "report.json").write_text(
-            json.dumps(report | {"detail": error.detail} | error.report, indent=1), encoding="utf-8"
-        )
+        write_report(report_refusal(error), out)
         click.echo(f"lowgad: {reason.outcome.name} {reason.name}: {reason.text} {error.detail}".rstrip(), err=True)
         sys.exit(reason.outcome.value)
     except OSError as error:

@@ -24,8 +24,9 @@ from service.core.settings import Settings
 from service.core.spool import Spool
 from service.core.telemetry import Log
 from worker.attempt import Attempts
+from worker.compose.files import write_result
 from worker.lease import Lease, SupersededError
-from worker.pipeline import Progress, write_result
+from worker.pipeline import Progress
 
 LOG = Log("worker")
 

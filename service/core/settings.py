@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from service.core.dicom.site_rules import KEYWORDS, QUANTITIES, Protocol
+from service.core.dicom.site_rules import KEYWORDS, QUANTITIES, SiteRule
 from service.core.job import Kind
 
 PREFIX = "LOWGAD_"
@@ -160,7 +160,7 @@ class Settings(BaseModel):
     )
     destinations: tuple[Destination, ...] = Field(default=(), description="Known destinations (site file only)")
     default_destinations: Names = Field(default=(), description="Destinations of a job that names none")
-    protocols: tuple[Protocol, ...] = Field(
+    protocols: tuple[SiteRule, ...] = Field(
         default=(), description="What series of the site's protocols are: role, agent, dose (site file only)"
     )
 
@@ -306,7 +306,7 @@ def _unknown(name: str, known: list[str], line: str = "") -> SettingsError:
 _TABLES: dict[str, type[BaseModel]] = {
     "destinations": Destination,
     "commitment_requestors": CommitmentRequestor,
-    "protocols": Protocol,
+    "protocols": SiteRule,
 }
 
 

@@ -25,7 +25,7 @@ from models.training.patches import Held
 from models.training.site import cut, enhancement_chance, hold_out, padded, simulated_block, target
 from models.training.train import PRESETS, Config, _stated, train
 from models.volume import Array, Mask
-from service.core.dicom.site_rules import Protocol
+from service.core.dicom.site_rules import SiteRule
 from service.core.errors import Permanent, Reason
 from tests.numeric.phantoms import MPRAGE
 from worker.lab.phantom_study import write_phantom_study
@@ -256,7 +256,7 @@ def test_what_the_low_dose_header_does_not_say_stays_unknown(site: Path, tmp_pat
 
 def test_the_sites_protocols_say_what_the_low_dose_header_does_not_as_at_inference(site: Path, tmp_path: Path) -> None:
     bare = changed(site / "study-1", tmp_path / "bare", ["low"], ContrastBolusAgent=None, ContrastBolusVolume=None)
-    rule = Protocol(
+    rule = SiteRule(
         name="low dose", series_description="*low dose", role="low", agent="gadobutrol", dose_mmol_per_kg=0.025
     )
     _, block = read_triplet(bare, [rule])

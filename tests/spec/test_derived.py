@@ -28,10 +28,8 @@ from tests.factories import SyntheticPair, as_enhanced, as_stacks, encode, make_
 from worker.choose.acquisition import read_acquisition
 from worker.choose.pairing import Pair, choose_pair
 from worker.compose.attributes import TABLE, Action
+from worker.compose.context import DerivationContext, Outputs, make_context
 from worker.compose.derived import MR_SERIES, derive
-from worker.compose.provenance import DerivationContext
-from worker.compose.results import Outputs
-from worker.pipeline import _context
 from worker.read.study import Series, read_study
 
 REAL_PAIR = Path(__file__).parents[2].parent / "shared" / "data" / "tcga-du-7294-lowdose33.zip"
@@ -362,7 +360,7 @@ def test_what_is_measured_changes_no_uid_and_what_the_header_says_does(tmp_path:
     def config_hash(engine: Engine = LINEAR, **changes: Any) -> str:
         made = dataclasses.replace(known, **changes)
         now = datetime(2032, 1, 1, tzinfo=UTC)
-        return _context(engine, acquisition, made, Outputs(), numbers=frozenset(), now=now).config_hash
+        return make_context(engine, acquisition, made, Outputs(), numbers=frozenset(), now=now).config_hash
 
     assert config_hash(sigma=0.0300001, noise_left=(0.3500001, 0.25, 0.15)) == config_hash()
     assert config_hash(dose_mmol_per_kg=0.034) != config_hash()

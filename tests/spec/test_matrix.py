@@ -54,9 +54,8 @@ from tests.numeric.phantoms import head, prepared_head
 from tests.numeric.test_engines import conditions
 from worker.choose.acquisition import Acquisition, check_acquisition, read_acquisition
 from worker.choose.pairing import Pair, choose_pair
+from worker.compose.context import DerivationContext, Outputs
 from worker.compose.derived import derive
-from worker.compose.provenance import DerivationContext
-from worker.compose.results import Outputs
 from worker.pipeline import Result, run
 from worker.read.study import read_study
 

@@ -25,9 +25,11 @@ from tests.factories import as_enhanced, encode, make_pair, write_study
 from tests.spec.test_derived import CONTEXT, errors_of, inconsistencies, needs_dicom3tools, paired, saved
 from worker.choose.acquisition import read_acquisition
 from worker.choose.pairing import Pair, choose_pair
+from worker.choose.refusal import refuse
+from worker.compose.context import Outputs
 from worker.compose.derived import MR_SERIES
-from worker.compose.results import STORED_AS, Findings, Outputs, compose
-from worker.pipeline import refuse
+from worker.compose.report import report_result
+from worker.compose.results import STORED_AS, Findings, compose
 from worker.read.study import read_study
 
 REPORT = {
@@ -378,6 +380,17 @@ def test_an_image_without_room_for_the_watermark_says_so(tmp_path: Path) -> None
     plain = compose(findings, Outputs(watermark=False))["sd"][0]
     assert np.array_equal(image.pixel_array, plain.pixel_array)
     assert "No room for the watermark in 8 of 8 images" in image.DerivationDescription
+
+
+def test_what_the_structured_report_was_made_from_stands_unchanged_in_the_report(tmp_path: Path) -> None:
+    findings = findings_of(paired(tmp_path))
+    made = compose(findings, ALL)
+    report = report_result(findings.report, made, {"read": 0.5})
+    assert {name: report[name] for name in REPORT} == findings.report == REPORT
+    assert set(report) - set(REPORT) == {"results", "seconds"}
+    assert {kind: entry["instances"] for kind, entry in report["results"].items()} == {
+        kind: len(instances) for kind, instances in made.items()
+    }
 
 
 def test_a_study_that_the_gate_stops_keeps_every_figure_in_its_report() -> None:

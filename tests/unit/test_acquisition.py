@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,17 @@ import pytest
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
 
-from service.core.dicom.site_rules import Protocol
+from service.core.dicom.site_rules import SiteRule
 from service.core.errors import Permanent, Reason
 from tests.factories import as_enhanced, encode, make_pair, write_study
 from worker.choose.acquisition import Acquisition, check_acquisition, read_acquisition
 from worker.choose.pairing import Pair, choose_pair
-from worker.read.contrast import Known, read_agent, read_dose, read_volume
+from worker.read.known import Known
 from worker.read.study import read_study
 
 
-def acquired(folder: Path, **options: Any) -> Acquisition:
-    return read_acquisition(choose_pair(read_study(write_study(folder, rows=6, columns=6, **options))))
+def acquired(folder: Path, rules: Sequence[SiteRule] = (), **options: Any) -> Acquisition:
+    return read_acquisition(choose_pair(read_study(write_study(folder, rows=6, columns=6, **options), rules)))
 
 
 @pytest.mark.parametrize(
@@ -114,9 +114,9 @@ def test_a_real_header_with_agent_and_volume_in_one_text_is_read(tmp_path: Path)
     assert isinstance(path, str)
     (series,) = read_study([Path(path)]).series
     assert (series.header.ContrastBolusAgent, series.header.ContrastBolusVolume) == ("11 ml Omniscan", 0)
-    agent = read_agent(series)
-    assert (agent.value, read_volume(series).value) == ("gadodiamide", 11)
-    dose = read_dose(series, agent, Known(80.0, "told"))
+    injection = series.facts.injection
+    assert (injection.agent.value, injection.volume_ml.value) == ("gadodiamide", 11)
+    dose = injection.dose(Known(80.0, "told"))
     assert dose.value == pytest.approx(11 * 0.5 / 80)
     field = read_acquisition(Pair(series, series)).field_strength_t
     assert field.value == 1.5
@@ -200,7 +200,7 @@ def test_an_agent_that_was_not_yet_given_does_not_count(tmp_path: Path) -> None:
     assert found.dose_mmol_per_kg.value == pytest.approx(0.025)
 
 
-RULE = Protocol(name="ld", series_description="*KM", agent="gadobutrol", dose_mmol_per_kg=0.025)
+RULE = SiteRule(name="ld", series_description="*KM", agent="gadobutrol", dose_mmol_per_kg=0.025)
 
 
 @pytest.mark.parametrize(
@@ -219,23 +219,36 @@ RULE = Protocol(name="ld", series_description="*KM", agent="gadobutrol", dose_mm
 def test_a_protocol_fills_in_what_the_header_leaves_open_and_replaces_nothing(
     tmp_path: Path, options: dict[str, Any], dose: float | None, source: str
 ) -> None:
-    pair = choose_pair(read_study(write_study(tmp_path, rows=6, columns=6, **options)), protocols=[RULE])
-    found = read_acquisition(pair, [RULE])
+    found = acquired(tmp_path, [RULE], **options)
     assert found.dose_mmol_per_kg.value == (dose if dose is None else pytest.approx(dose))
     assert source in found.dose_mmol_per_kg.source
 
 
 def test_an_agent_of_the_site_file_needs_a_header_that_names_no_other(tmp_path: Path) -> None:
-    named = choose_pair(read_study(write_study(tmp_path / "named", rows=6, columns=6, agent="Dotarem")))
-    agent = read_acquisition(named, [RULE]).agent
+    agent = acquired(tmp_path / "named", [RULE], agent="Dotarem").agent
     assert (agent.value, agent.source) == (None, "unknown: text (0018,0010) and site file (ld) disagree")
-    shorthand = choose_pair(read_study(write_study(tmp_path / "short", rows=6, columns=6, agent="LD brain")))
-    agent = read_acquisition(shorthand, [RULE]).agent
+    agent = acquired(tmp_path / "short", [RULE], agent="LD brain").agent
     assert agent.value == "gadobutrol"
     assert agent.source == "site file (ld); tag (0018,0010) names no known agent"
-    two = Protocol(name="other", station_name="*", agent="gadoterate")
-    agent = read_acquisition(shorthand, [RULE, two]).agent
+    two = SiteRule(name="other", station_name="*", agent="gadoterate")
+    agent = acquired(tmp_path / "two", [RULE, two], agent="LD brain").agent
     assert agent.source == "unknown: site file: ld and other disagree"
+
+
+KEPT = {"SeriesNumber", "Rows", "Columns", "PixelSpacing", "ImageOrientationPatient", "MRAcquisitionType"}
+
+
+def test_the_headers_are_read_once_and_asked_neither_for_the_choice_nor_for_the_acquisition(tmp_path: Path) -> None:
+    paths = write_study(tmp_path, rows=6, columns=6, volume_ml="2.2", odd=["localizer"])
+    pair = choose_pair(read_study(paths, [RULE]))
+    study = read_study(paths, [RULE])
+    for plane in (plane for series in study.series for plane in series.planes):
+        for tag in [element.tag for element in plane.header if element.keyword not in KEPT]:
+            del plane.header[tag]
+    again = choose_pair(study)
+    assert (again.witnesses, again.set_aside, again.likeness) == (pair.witnesses, pair.set_aside, pair.likeness)
+    assert read_acquisition(again) == read_acquisition(pair)
+    assert read_acquisition(again).dose_mmol_per_kg.source.endswith("site file (ld) agrees")
 
 
 def test_a_code_names_the_agent_where_the_text_does_not(tmp_path: Path) -> None:

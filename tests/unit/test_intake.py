@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydicom.dataset import Dataset
 
-from service.core.dicom.site_rules import Protocol
+from service.core.dicom.site_rules import SiteRule
 from service.core.errors import Reason
 from service.core.job import Job, JobOptions, State
 from service.core.ledger import Added, Ledger
@@ -163,8 +163,8 @@ def test_an_upload_that_looked_before_the_last_slice_came_does_not_cancel_the_jo
 
 def test_the_site_file_tells_the_pair_apart_where_contrast_attributes_do_not(site: Site) -> None:
     rules = [
-        Protocol(name="a", series_description="*_sag", role="pre"),
-        Protocol(name="b", station_name="*", agent="gadobutrol"),
+        SiteRule(name="a", series_description="*_sag", role="pre"),
+        SiteRule(name="b", station_name="*", agent="gadobutrol"),
     ]
     site.settings = site.settings.model_copy(update={"protocols": tuple(rules)})
     site.intake = site.restarted()

@@ -9,24 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydicom import dcmread
 from pydicom.dataset import Dataset
 
 from models.quality import LIMITS, Verdict
-from service.core.dicom.site_rules import Protocol
+from service.core.dicom.site_rules import SiteRule
 from service.core.errors import Permanent, Reason
 from tests.factories import SyntheticPair, as_enhanced, encode, make_pair, uid
-from worker.choose.pairing import Pair, choose_pair
-from worker.pipeline import _image_witness
-from worker.read.sequence import judge_likeness
+from worker.choose.pairing import Pair, choose_pair, image_witness
 from worker.read.study import Study, find_files, read_study
 
 
-def study_of(folder: Path, *series: Sequence[Dataset]) -> Study:
+def study_of(folder: Path, *series: Sequence[Dataset], rules: Sequence[SiteRule] = ()) -> Study:
     paths = []
     for n, dataset in enumerate(dataset for datasets in series for dataset in datasets):
         paths.append(folder / f"{n:04}.dcm")
         paths[-1].write_bytes(encode(dataset))
-    return read_study(paths)
+    return read_study(paths, rules)
 
 
 def another(datasets: Sequence[Dataset], name: str, **changes: Any) -> list[Dataset]:
@@ -54,8 +53,8 @@ def refused(study: Study, **named: Any) -> Permanent:
 
 
 RULES = (
-    Protocol(name="before", series_description="*_a", role="pre"),
-    Protocol(name="after", series_description="*_b", role="low"),
+    SiteRule(name="before", series_description="*_a", role="pre"),
+    SiteRule(name="after", series_description="*_b", role="low"),
 )
 
 
@@ -219,13 +218,12 @@ def test_a_dose_split_into_injections_below_the_standard_is_left_to_a_person_and
 def test_roles_of_the_site_file_are_a_witness_like_the_others(tmp_path: Path) -> None:
     entered = {"ContrastBolusAgent": "Gadovist"}  # for the whole examination: attributes and dose are silent
     pair = healthy(pre_description="x_a", low_description="x_b", pre_changes=entered)
-    study = study_of(tmp_path, pair.pre, pair.low)
-    assert refused(study).reason is Reason.AMBIGUOUS_SERIES
-    found = choose_pair(study, protocols=RULES)
+    assert refused(study_of(tmp_path, pair.pre, pair.low)).reason is Reason.AMBIGUOUS_SERIES
+    found = choose_pair(study_of(tmp_path, pair.pre, pair.low, rules=RULES))
     assert "site file: series 4 is pre by before, series 9 is low by after" in found.witnesses
     (tmp_path / "swapped").mkdir()
     swapped = healthy(pre_description="x_b", low_description="x_a")
-    error = refused(study_of(tmp_path / "swapped", swapped.pre, swapped.low), protocols=RULES)
+    error = refused(study_of(tmp_path / "swapped", swapped.pre, swapped.low, rules=RULES))
     assert error.reason is Reason.AMBIGUOUS_SERIES
     assert "site file: series 4 is low by after, series 9 is pre by before" in error.detail
 
@@ -241,18 +239,17 @@ def test_the_site_file_ignores_series_and_vouches_for_unusual_timing(tmp_path: P
         agent="Gadovist",
     )
     again = another(pair.low, "again", SeriesNumber="12", SeriesDescription="x_c")
-    study = study_of(tmp_path, pair.pre, pair.low, again)
-    assert refused(study).reason is Reason.ONE_SERIES_ONLY
-    ignored = Protocol(name="repeats", series_description="x_c", role="ignore")
-    found = choose_pair(study, protocols=(*RULES, ignored))
+    assert refused(study_of(tmp_path, pair.pre, pair.low, again)).reason is Reason.ONE_SERIES_ONLY
+    ignored = SiteRule(name="repeats", series_description="x_c", role="ignore")
+    found = choose_pair(study_of(tmp_path, pair.pre, pair.low, again, rules=(*RULES, ignored)))
     assert (found.pre.label, found.low.label) == ("series 4", "series 9")
     assert "series 12: ignored by the site file (repeats)" in found.set_aside
 
 
 def test_rules_of_the_site_file_that_disagree_leave_it_to_a_person(tmp_path: Path) -> None:
     pair = healthy(pre_description="x_a", low_description="x_b")
-    other = Protocol(name="station", station_name="*", series_description="x_a", role="low")
-    error = refused(study_of(tmp_path, pair.pre, pair.low), protocols=(*RULES, other))
+    other = SiteRule(name="station", station_name="*", series_description="x_a", role="low")
+    error = refused(study_of(tmp_path, pair.pre, pair.low, rules=(*RULES, other)))
     assert error.reason is Reason.AMBIGUOUS_SERIES
     assert "site file: before and station disagree about series 4" in error.detail
 
@@ -368,7 +365,7 @@ def test_a_like_series_is_preferred_to_an_unlike_one(tmp_path: Path) -> None:
 )
 def test_a_like_pair_passes_whatever_its_headers_say_in_other_words(tmp_path: Path, options: dict[str, Any]) -> None:
     pair = choose_pair(study_of(tmp_path, *halves(**options)))
-    assert {figure.verdict for figure in judge_likeness(pair.pre, pair.low)} == {Verdict.PASS}
+    assert {figure.verdict for figure in pair.likeness} == {Verdict.PASS}
 
 
 def test_a_real_like_pair_passes_and_as_another_sequence_is_refused(tmp_path: Path) -> None:
@@ -376,12 +373,14 @@ def test_a_real_like_pair_passes_and_as_another_sequence_is_refused(tmp_path: Pa
     if not archive.exists():
         pytest.skip("the real case is not beside this checkout")
     zipfile.ZipFile(archive).extractall(tmp_path)
-    study = read_study(find_files(tmp_path))
-    pair = choose_pair(study)
-    assert {figure.verdict for figure in judge_likeness(pair.pre, pair.low)} == {Verdict.PASS}
+    pair = choose_pair(read_study(find_files(tmp_path)))
+    assert {figure.verdict for figure in pair.likeness} == {Verdict.PASS}
     for plane in pair.low.planes:
+        image = dcmread(plane.pixels.path)
         for keyword, value in AS_FLASH.items():
-            setattr(plane.header, keyword, value)
+            setattr(image, keyword, value)
+        image.save_as(plane.pixels.path)
+    study = read_study(find_files(tmp_path))
     error = refused(study, pre_series_uid=pair.pre.series_uid, low_series_uid=pair.low.series_uid)
     assert error.reason is Reason.PAIR_NOT_COMPARABLE
     assert "series 9 is SPGR, RepetitionTime 8.2, EchoTime 3.2, FlipAngle 12" in error.detail
@@ -400,5 +399,5 @@ def test_one_series_with_philips_floating_point_scaling_and_one_without_are_no_p
 def test_images_that_hardly_differ_are_no_witness(tmp_path: Path, excess: float, says: str) -> None:
     made = healthy()
     pair = choose_pair(study_of(tmp_path, made.pre, made.low))
-    assert says in _image_witness(pair, judged := [LIMITS["darkening"].judge("darkening", excess)])
+    assert says in image_witness(pair, judged := [LIMITS["darkening"].judge("darkening", excess)])
     assert judged[0].verdict is Verdict.PASS  # brightening is what contrast does, however little

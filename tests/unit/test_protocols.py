@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from lowgad import main
-from service.core.dicom.site_rules import Protocol, names_of, role_of, stated
+from service.core.dicom.site_rules import SiteRule, names_of, role_of, stated
 from service.core.settings import Settings, SettingsError
 from tests.factories import make_pair
 
@@ -43,15 +43,15 @@ def test_all_rules_that_match_count_and_case_does_not_matter(tmp_path: Path) -> 
 
 
 def test_every_pattern_of_a_rule_has_to_fit() -> None:
-    rule = Protocol(name="x", protocol_name="t1*", station_name="MR1", role="pre")
+    rule = SiteRule(name="x", protocol_name="t1*", station_name="MR1", role="pre")
     assert not rule.matches(NAMES)
     assert rule.matches(NAMES | {"station_name": "mr1"})
 
 
 def test_rules_that_disagree_are_not_decided_by_their_order() -> None:
     rules = [
-        Protocol(name="one", station_name="MR?", role="low"),
-        Protocol(name="two", series_description="t1", role="pre"),
+        SiteRule(name="one", station_name="MR?", role="low"),
+        SiteRule(name="two", series_description="t1", role="pre"),
     ]
     assert stated(rules, NAMES, "role") == {"low": "one", "pre": "two"}
     assert role_of(rules, NAMES) == "unclear"

@@ -23,7 +23,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from service.core.dicom.header import texts
+from service.core.dicom.values import texts
 from service.core.errors import Permanent, Reason
 from tests.factories import (
     SyntheticPair,

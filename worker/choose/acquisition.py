@@ -1,41 +1,24 @@
 """How the pair was acquired: field strength, agent, injected dose, sequence and its timing, each with its source.
 
-Hides what two series say together (PS3.3 C.7.2.2, C.8.3.1). Must never replace a value: what is missing, implausible or
-contradicted is unknown, and the source says why.
+Hides how the facts of two series are put together (PS3.3 C.7.2.2, C.8.3.1). Must never replace a value: what is
+missing, implausible or contradicted is unknown, and the source says why.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
-
-from pydicom.dataset import Dataset
 
 from models.condition import Conditions
 from models.preprocess import Prepared
-from service.core.dicom.header import number, texts
-from service.core.dicom.site_rules import Protocol
 from service.core.errors import Permanent, Reason
 from worker.choose.pairing import Pair
-from worker.read.contrast import (
-    WEIGHT_RANGE_KG,
-    Known,
-    is_standard_dose,
-    read_agent,
-    read_dose,
-    read_number,
-    read_volume,
-    standard_dose,
-    tag,
-)
-from worker.read.sequence import TIMING, sequence_class
+from worker.read.injection import is_standard_dose, standard_dose
+from worker.read.known import Known, tag
 
-_FIELD_STRENGTH_RANGE_T = (0.2, 7.5)
 _NOMINAL_T = (1.5, 3.0, 7.0)  # what a magnet is called; it is really 1.494 or 2.894 T, and some write that
 _NOMINAL_TOLERANCE = 0.04
-_PROTON_MHZ_PER_T = 42.577
 
 
 @dataclass(frozen=True)
@@ -82,16 +65,16 @@ def in_words(name: str) -> tuple[str, str]:
     return words.replace("_", " "), _UNITS.get(unit, "")
 
 
-def read_acquisition(pair: Pair, protocols: Sequence[Protocol] = ()) -> Acquisition:
-    """Read the headers of both series, and what the site's protocols add; the dose is that of the low-dose series."""
-    agent = read_agent(pair.low, protocols)
-    weight = _agreed(pair, "PatientWeight", WEIGHT_RANGE_KG, tolerance=0.02)
+def read_acquisition(pair: Pair) -> Acquisition:
+    """What is known of both series together; agent, volume and dose are those of the low-dose series."""
+    injection = pair.low.facts.injection
+    weight = _agreed(pair, "PatientWeight", tolerance=0.02)
     return Acquisition(
         field_strength_t=_field_strength(pair),
-        agent=agent,
-        dose_mmol_per_kg=read_dose(pair.low, agent, weight, protocols),
+        agent=injection.agent,
+        dose_mmol_per_kg=injection.dose(weight),
         weight_kg=weight,
-        volume_ml=read_volume(pair.low),
+        volume_ml=injection.volume_ml,
         sequence=_sequence(pair),
         **_timing(pair),
     )
@@ -121,13 +104,13 @@ def check_acquisition(acquisition: Acquisition, allow_unknown: Collection[str] =
         raise Permanent(Reason.STANDARD_DOSE, detail)
 
 
-def _agreed(pair: Pair, keyword: str, plausible: tuple[float, float], *, tolerance: float) -> Known[float]:
+def _agreed(pair: Pair, keyword: str, *, tolerance: float) -> Known[float]:
     """A number that the low-dose series states plausibly and the pre-contrast series does not contradict."""
-    low, pre = read_number(pair.low, keyword, plausible), read_number(pair.pre, keyword, (-math.inf, math.inf))
+    pre, low = pair.pre.facts.numbers[keyword], pair.low.facts.numbers[keyword].known
     if low.value is None:
         return low
-    if "differs" in pre.source:
-        return pre
+    if not pre.is_uniform:
+        return pre.known
     if pre.value is not None and abs(pre.value - low.value) > tolerance * low.value:
         return Known.unknown(f"{low.source} differs between the two series")
     return low
@@ -142,11 +125,11 @@ def _field_strength(pair: Pair) -> Known[float]:
     Some systems write gauss (15000 for 1.5 T). That is converted only where the imaging frequency confirms it. Others
     write what the magnet really has (1.494 T); that is called by its nominal field strength, as the tables are.
     """
-    by_frequency = _proton_field_t(pair.low.header)
-    gauss = number(pair.low.header, "MagneticFieldStrength") or 0.0
+    by_frequency = pair.low.facts.proton_field_t
+    gauss = pair.low.facts.numbers["MagneticFieldStrength"].value or 0.0
     if by_frequency and gauss > 1000 and _near(gauss / 1e4, by_frequency, 0.1):
         return _nominal(gauss / 1e4, f"{tag('MagneticFieldStrength')} in gauss, confirmed by {tag('ImagingFrequency')}")
-    known = _agreed(pair, "MagneticFieldStrength", _FIELD_STRENGTH_RANGE_T, tolerance=0.05)
+    known = _agreed(pair, "MagneticFieldStrength", tolerance=0.05)
     if known.value is None:
         return Known.unknown(f"{known.why}; perhaps gauss, but no frequency confirms it") if gauss > 1000 else known
     if by_frequency and not _near(known.value, by_frequency, 0.1):
@@ -160,14 +143,6 @@ def _nominal(field_strength_t: float, source: str) -> Known[float]:
         if field_strength_t != nominal and _near(field_strength_t, nominal, _NOMINAL_TOLERANCE):
             return Known(nominal, f"{source}, where {field_strength_t:.4g} is written")
     return Known(field_strength_t, source)
-
-
-def _proton_field_t(header: Dataset) -> float | None:
-    """The field strength at which protons have the stated imaging frequency."""
-    frequency_mhz = number(header, "ImagingFrequency") or 0.0
-    if not 5 <= frequency_mhz <= 330 or texts(header, "ImagedNucleus") not in ([], ["1H"], ["H"]):
-        return None
-    return frequency_mhz / _PROTON_MHZ_PER_T
 
 
 def _near(value: float, reference: float, tolerance: float) -> bool:
@@ -190,7 +165,7 @@ def _timing(pair: Pair) -> dict[str, Known[float]]:
     """Times and flip angle that both series state alike; an echo that does not precede the next pulse is a slip."""
     found = {}
     for field, (keyword, per_unit) in _TIMING.items():
-        known = _agreed(pair, keyword, TIMING[keyword], tolerance=_TIMING_TOLERANCE)
+        known = _agreed(pair, keyword, tolerance=_TIMING_TOLERANCE)
         found[field] = known if known.value is None else Known(round(known.value / per_unit, 9), known.source)
     echo_s, repetition_s = found["echo_time_s"].value, found["repetition_time_s"].value
     if echo_s and repetition_s and echo_s >= repetition_s:
@@ -201,5 +176,5 @@ def _timing(pair: Pair) -> dict[str, Known[float]]:
 
 def _sequence(pair: Pair) -> Known[str]:
     """SPGR, MPRAGE or SE; unknown when the two series differ or the headers fit none."""
-    pre, low = sequence_class(pair.pre.header), sequence_class(pair.low.header)
+    pre, low = pair.pre.facts.sequence.kind, pair.low.facts.sequence.kind
     return low if low.value == pre.value else Known.unknown("the two series are of different classes")

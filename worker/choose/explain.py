@@ -9,19 +9,19 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from service.core.dicom.site_rules import Protocol
+from service.core.dicom.site_rules import SiteRule
 from service.core.errors import Permanent
 from service.core.job import JobOptions
 from worker.choose.acquisition import Acquisition, check_acquisition, in_words, read_acquisition
-from worker.choose.pairing import Account, Pair, choose_pair, take_accounts
-from worker.read.contrast import Known
-from worker.read.study import Study, read_study
+from worker.choose.pairing import Pair, choose_pair
+from worker.read.known import Known
+from worker.read.study import Series, Study, read_study
 
 
 def explain(
     paths: Sequence[Path],
     options: JobOptions,
-    protocols: Sequence[Protocol] = (),
+    rules: Sequence[SiteRule] = (),
     allow_unknown: Collection[str] = (),
 ) -> Iterator[str]:
     """Lines for a person, until the study is accepted or refused.
@@ -29,11 +29,11 @@ def explain(
     Raises:
         Permanent: why the study would not be processed, after all lines that could be said.
     """
-    study = read_study(paths)
-    yield from _of_study(study, protocols)
-    pair = choose_pair(study, options.pre_series_uid, options.low_series_uid, protocols)
+    study = read_study(paths, rules)
+    yield from _of_study(study)
+    pair = choose_pair(study, options.pre_series_uid, options.low_series_uid)
     yield from _of_pair(pair)
-    acquisition = read_acquisition(pair, protocols)
+    acquisition = read_acquisition(pair)
     yield from _of_acquisition(acquisition)
     check_acquisition(acquisition, allow_unknown)
 
@@ -43,26 +43,27 @@ def reason_in_words(error: Permanent) -> list[str]:
     return [f"{error.reason.outcome.name} {error.reason.name}: {error.reason.text}", *error.detail.split("; ")]
 
 
-def _of_study(study: Study, protocols: Sequence[Protocol]) -> Iterator[str]:
+def _of_study(study: Study) -> Iterator[str]:
     yield "Series"
-    for account in take_accounts(study, protocols):
-        yield f"  {account.label}, {len(account.series.planes)} images, {account.series.series_uid}"
-        yield f"    {account.why_not or '; '.join(_of_candidate(account))}"
+    for series in study.series:
+        yield f"  {series.label}, {len(series.planes)} images, {series.series_uid}"
+        yield f"    {series.facts.why_not or '; '.join(_of_candidate(series))}"
     for line in study.ignored:
         yield f"  {line}"
 
 
-def _of_candidate(account: Account) -> Iterator[str]:
+def _of_candidate(series: Series) -> Iterator[str]:
+    facts = series.facts
     yield "T1"
-    yield "contrast agent in the patient" if account.has_contrast else "no contrast agent"
-    if account.has_contrast:
-        yield f"agent {_said(account.agent)}"
-        yield f"dose {_said(account.dose, 'mmol/kg')}"
-    yield {1: "described with contrast", 0: "description silent", -1: "described without contrast"}[account.words]
-    for role, rule in account.roles.items():
+    yield "contrast agent in the patient" if facts.has_contrast else "no contrast agent"
+    if facts.has_contrast:
+        yield f"agent {_said(facts.injection.agent)}"
+        yield f"dose {_said(facts.header_dose, 'mmol/kg')}"
+    yield {1: "described with contrast", 0: "description silent", -1: "described without contrast"}[facts.words]
+    for role, rule in facts.roles.items():
         yield f"{role} by site file ({rule})"
-    if account.series.fault:
-        yield f"faulty: {account.series.fault.detail}"
+    if series.fault:
+        yield f"faulty: {series.fault.detail}"
 
 
 def _of_pair(pair: Pair) -> Iterator[str]:

@@ -17,13 +17,13 @@ import numpy.typing as npt
 from pydicom.dataset import Dataset
 
 from models.volume import Array
-from service.core.dicom.header import items, number, texts
+from service.core.dicom.values import items, number, texts
 from service.core.errors import Permanent, Reason
 from service.core.job import Kind
 from worker.compose import watermark
 from worker.compose.attributes import fill_table
+from worker.compose.context import DerivationContext
 from worker.compose.provenance import (
-    DerivationContext,
     add_marks,
     code,
     derivation,

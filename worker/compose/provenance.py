@@ -12,7 +12,6 @@ import re
 import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -26,10 +25,11 @@ from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
-from models.runtime import LinearEngine
-from service.core.dicom.header import PRIVATE_CREATOR, PRIVATE_GROUP, PRODUCT_NAME, items, number, numbers, texts
+from service.core.dicom.header import PRIVATE_CREATOR, PRIVATE_GROUP, PRODUCT_NAME
+from service.core.dicom.values import items, number, numbers, texts
 from service.core.job import Kind
 from worker.compose.attributes import without_private
+from worker.compose.context import DerivationContext
 from worker.read.planes import Plane
 from worker.read.study import Series, axes
 
@@ -48,34 +48,6 @@ _WHAT = {
     Kind.STRUCTURED_REPORT: "report",
     Kind.PRESENTATION_STATE: "annotation",
 }
-
-
-@dataclass(frozen=True)
-class DerivationContext:
-    """What made the signal, and when."""
-
-    model_id: str
-    model_version: str
-    model_sha256: str
-    card_sha256: str | None  # of card.toml; None for the linear engine, which has no card
-    notice: str  # what must be said about the use of the result
-    config_hash: str  # of everything beside model and input that decides the result
-    agent: str | None  # generic name
-    administered_dose_mmol_per_kg: float | None
-    simulated_dose_mmol_per_kg: float | None
-    software_version: str
-    now: datetime
-    series_numbers_in_use: frozenset[int] = frozenset()
-
-    @property
-    def is_learned(self) -> bool:
-        """True for a network, False for the linear engine."""
-        return self.model_id != LinearEngine.name
-
-    @property
-    def mark(self) -> str:
-        """How image type and series description name what made the result."""
-        return "AI SYNTH" if self.is_learned else "LINEAR SYNTH"
 
 
 def identify(kind: Kind, source: Series, other: Series, context: DerivationContext) -> dict[str, Any]:

@@ -26,14 +26,15 @@ from pydicom.uid import (
 
 from models.preprocess import Prepared
 from models.volume import Array
-from service.core.dicom.header import PRODUCT_NAME, numbers, texts
+from service.core.dicom.header import PRODUCT_NAME
+from service.core.dicom.values import numbers, texts
 from service.core.job import Kind
 from worker.choose.pairing import Pair
 from worker.compose.attributes import OBJECT_TABLE, fill_table
+from worker.compose.context import DerivationContext, Outputs
 from worker.compose.derived import MR_SERIES, derive, lossy
 from worker.compose.provenance import (
     ENHANCEMENT,
-    DerivationContext,
     add_marks,
     derivation,
     identify,
@@ -60,23 +61,13 @@ STORED_AS = {
 
 
 @dataclass(frozen=True)
-class Outputs:
-    """What a site wants of each job."""
-
-    kinds: tuple[Kind, ...] = (Kind.SD, Kind.SD_PLUS)
-    watermark: bool = True  # burned into the MR series, outside the head
-    dose_factor: float = 1.0  # simulated dose, in standard doses
-    threshold: float = 0.1  # of the segmentation, white matter = 1
-
-
-@dataclass(frozen=True)
 class Findings:
     """What a job knows when it composes its results."""
 
     pair: Pair
     prepared: Prepared
     signal: Array  # (k, j, i) on the working grid, white matter = 1
-    report: Mapping[str, Any]  # as `report.json` has it
+    report: Mapping[str, Any]  # see worker.compose.report.report_findings
     context: DerivationContext
 
 

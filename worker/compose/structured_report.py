@@ -33,7 +33,8 @@ from pydicom.sr.coding import Code
 from service.core.dicom.header import PRODUCT_NAME
 from worker.choose.acquisition import in_words
 from worker.compose.attributes import INSTANCE_CREATOR_UID
-from worker.compose.provenance import CODING_SCHEME, ENHANCEMENT, DerivationContext, name_part
+from worker.compose.context import DerivationContext
+from worker.compose.provenance import CODING_SCHEME, ENHANCEMENT, name_part
 
 _MR = Code("113091000", "SCT", "Magnetic resonance imaging")
 _SOURCE = Code("SOURCE", CODING_SCHEME, "Where the value comes from")
@@ -57,7 +58,7 @@ def make_content(
     """The content tree.
 
     Args:
-        report: what `report.json` says: acquisition, quality, series, notice.
+        report: what `report.json` says of how the result came about: acquisition, quality, series.
         context: what made the signal.
         sop_instance_uid: of the document; every UID inside follows from it.
         enhancing_ml: volume of predicted enhancement above the threshold.

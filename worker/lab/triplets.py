@@ -8,21 +8,21 @@ without a named reason, or train on a truth whose own header says that it is not
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from models.agents import BY_NAME
-from models.brain import NoBrainError
-from models.preprocess import Prepared, RegistrationError, prepare
-from models.quality import judge_pair, refused
+from models.preprocess import Prepared, prepare
+from models.quality import judge_pair
 from models.simulation.samples import Block
 from models.training.site import TripletError, make_block
-from service.core.dicom.site_rules import Protocol
+from service.core.dicom.site_rules import SiteRule
 from service.core.errors import Permanent, Reason
 from worker.choose.acquisition import Acquisition, check_acquisition, read_acquisition
 from worker.choose.pairing import Pair, choose_pair
-from worker.pipeline import GATES
-from worker.read.contrast import STANDARD_DOSE_FRACTION
+from worker.choose.refusal import named_reasons, refuse
+from worker.read.facts import read_facts
+from worker.read.injection import is_standard_dose
 from worker.read.study import Series, Study, find_files, plain, read_study
 
 ROLES = ("pre", "low", "standard")
@@ -37,19 +37,19 @@ class Triplets:
     refused: tuple[tuple[str, Permanent], ...]  # name of the folder, reason
 
 
-def read_triplets(folder: Path, say: Callable[[str], None], protocols: Sequence[Protocol] = ()) -> Triplets:
+def read_triplets(folder: Path, say: Callable[[str], None], rules: Sequence[SiteRule] = ()) -> Triplets:
     """Read every study folder of `folder`, by name.
 
     Args:
         folder: one folder per study, see `read_triplet`.
         say: told one line per study, used or refused.
-        protocols: the site's rules, as at inference; of the low-dose pair alone.
+        rules: the site's rules, as at inference; of the low-dose pair alone.
     """
     patients: dict[str, list[Block]] = {}
     refused: list[tuple[str, Permanent]] = []
     for study in sorted(path for path in folder.iterdir() if path.is_dir()):
         try:
-            patient, block = read_triplet(study, protocols)
+            patient, block = read_triplet(study, rules)
             patients.setdefault(patient, []).append(block)
             say(f"{study.name}: used")
         except Permanent as error:
@@ -58,12 +58,12 @@ def read_triplets(folder: Path, say: Callable[[str], None], protocols: Sequence[
     return Triplets(patients, tuple(refused))
 
 
-def read_triplet(folder: Path, protocols: Sequence[Protocol] = ()) -> tuple[str, Block]:
+def read_triplet(folder: Path, rules: Sequence[SiteRule] = ()) -> tuple[str, Block]:
     """One study as a training block, and whose it is.
 
     Args:
         folder: with the subfolders `pre`, `low` and `standard`, all of one study of one patient.
-        protocols: the site's rules.
+        rules: the site's rules.
 
     Returns:
         ID of the patient, whoever issued it (two patients of one ID then count as one, which mixes nothing), or the
@@ -73,9 +73,10 @@ def read_triplet(folder: Path, protocols: Sequence[Protocol] = ()) -> tuple[str,
         Permanent: as `worker.pipeline.run` does for the pair and its likeness; AMBIGUOUS_SERIES when a subfolder holds
             other than one series, PAIR_NOT_COMPARABLE when the standard-dose series is no truth for the low dose.
     """
-    pre, low, standard = _series(folder)
+    pre, low, standard = _series(folder, rules)
+    standard = replace(standard, facts=read_facts(standard.planes))  # without the rules, which are of the low dose
     pair, truth = _pair(pre, low), _pair(pre, standard)
-    acquisition = read_acquisition(pair, protocols)
+    acquisition = read_acquisition(pair)
     check_acquisition(acquisition, allow_unknown=("field_strength", "agent", "dose"))
     _refuse_other_dose(acquisition, read_acquisition(truth))
     prepared, prepared_truth = _prepared(pair, "low"), _prepared(truth, "standard")
@@ -86,12 +87,12 @@ def read_triplet(folder: Path, protocols: Sequence[Protocol] = ()) -> tuple[str,
     return plain(str(pre.header.get("PatientID") or "")) or folder.name, block
 
 
-def _series(folder: Path) -> list[Series]:
+def _series(folder: Path, rules: Sequence[SiteRule]) -> list[Series]:
     """The series of each role. All files are read as one study, so that two patients or studies are refused."""
     missing = [role for role in ROLES if not (folder / role).is_dir()]
     if missing:
         raise Permanent(Reason.ONE_SERIES_ONLY, f"no subfolder {', '.join(missing)}")
-    study = read_study([file for role in ROLES for file in find_files(folder / role)])
+    study = read_study([file for role in ROLES for file in find_files(folder / role)], rules)
     found: dict[str, list[Series]] = {role: [] for role in ROLES}
     for series in study.series:
         for role in {plane.pixels.path.relative_to(folder).parts[0] for plane in series.planes}:
@@ -119,17 +120,13 @@ def _refuse_other_dose(low: Acquisition, standard: Acquisition) -> None:
         raise Permanent(Reason.PAIR_NOT_COMPARABLE, "the low and the standard dose are of different agents")
     usual = BY_NAME[agent].standard_dose_mmol_per_kg
     most = second + (low.dose_mmol_per_kg.value or 0.0)
-    if most < STANDARD_DOSE_FRACTION * usual or second > HIGHEST_FRACTION * usual:
+    if not is_standard_dose(most, agent) or second > HIGHEST_FRACTION * usual:
         detail = f"the standard-dose series states {second:.3f} mmol/kg, {most:.3f} with the low dose, of {usual:g}"
         raise Permanent(Reason.PAIR_NOT_COMPARABLE, detail)
 
 
 def _prepared(pair: Pair, role: str) -> Prepared:
-    try:
+    with named_reasons(f"{role}: "):
         prepared = prepare(pair.pre.volume(), pair.low.volume())
-    except (NoBrainError, RegistrationError) as error:
-        raise Permanent(Reason.REGISTRATION_FAILED, f"{role}: {error}") from error
-    shut = refused(judge_pair(prepared))
-    if shut:
-        raise Permanent(GATES[shut[0]], f"{role}: {shut[1]}")
+    refuse(judge_pair(prepared), where=f"{role}: ")
     return prepared

@@ -31,7 +31,8 @@ from pydicom.uid import JPEG2000, UID, DeflatedExplicitVRLittleEndian, JPEGLSNea
 from pydicom.valuerep import VR, PersonName, format_number_as_ds
 
 from service.core.dicom.accepted import DAMAGE, SOP_CLASSES, TRANSFER_SYNTAXES
-from service.core.dicom.header import acquisition_date_and_time, administered_agents, items, number, texts
+from service.core.dicom.header import administered_agents
+from service.core.dicom.values import acquisition_date_and_time, items, number, texts
 from service.core.errors import Permanent, Reason
 
 _MAX_SIDE = 2048

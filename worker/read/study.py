@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,13 +20,16 @@ from pydicom.dataset import Dataset
 
 from models.volume import Volume
 from service.core.dicom.accepted import HEAD_BYTES, SOP_CLASSES, may_be_image
-from service.core.dicom.header import is_synthetic, number, numbers, texts
+from service.core.dicom.header import is_synthetic
 from service.core.dicom.series import STEP_TOLERANCE, Fault, HeaderSummary, count_fault, geometry_faults
+from service.core.dicom.site_rules import SiteRule
+from service.core.dicom.values import number, numbers, texts
 from service.core.errors import Permanent, Reason
+from worker.read.facts import Facts, read_facts
 from worker.read.planes import Instance, Plane, read_instance
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Series:
     """One volume: planes in ascending order along cross(row, column), so that its affine is right-handed.
 
@@ -35,6 +38,7 @@ class Series:
 
     series_uid: str
     planes: tuple[Plane, ...]
+    facts: Facts  # what the headers say
     fault: Fault | None = None
     part: str = ""  # which volume of the DICOM series, where that holds several: the attribute that tells them apart
 
@@ -95,12 +99,12 @@ def _head(path: Path) -> bytes:
         return file.read(HEAD_BYTES)
 
 
-def read_study(paths: Iterable[Path], progress: Callable[[int, int], None] | None = None) -> Study:
-    """Read all files of one study. Pixels are decoded later, when a volume is asked for.
+def read_study(paths: Iterable[Path], rules: Sequence[SiteRule] = ()) -> Study:
+    """Read all files of one study, and what their headers say. Pixels are decoded when a volume is asked for.
 
     Args:
         paths: the instances, in any order; every one must be readable.
-        progress: called with (files read, files in all).
+        rules: of the site.
 
     Raises:
         Permanent: EMPTY_UPLOAD, UNREADABLE_FILE, UNSUPPORTED_OBJECT, TWO_PATIENTS, TWO_STUDIES, NOT_MR, OWN_OUTPUT
@@ -110,18 +114,14 @@ def read_study(paths: Iterable[Path], progress: Callable[[int, int], None] | Non
     all_paths = list(paths)
     if not all_paths:
         raise Permanent(Reason.EMPTY_UPLOAD)
-    instances = []
-    for count, path in enumerate(all_paths, start=1):
-        instances.append(read_instance(path))
-        if progress:
-            progress(count, len(all_paths))
+    instances = [read_instance(path) for path in all_paths]
     _refuse_mixture(instances)
     instances, own = _set_own_aside(instances)
     images = _without_copies([instance for instance in instances if instance.planes])
     if not images:
         is_mr = any(instance.header.get("SOPClassUID") in SOP_CLASSES for instance in instances)
         raise Permanent(Reason.UNSUPPORTED_OBJECT if is_mr else Reason.NOT_MR, "; ".join(_others(instances)))
-    series = sorted(_grouped(images), key=lambda one: (number(one.header, "SeriesNumber") or 0, one.series_uid))
+    series = sorted(_grouped(images, rules), key=lambda one: (number(one.header, "SeriesNumber") or 0, one.series_uid))
     numbers_in_use = frozenset(int(number(instance.header, "SeriesNumber") or 0) for instance in instances)
     return Study(str(images[0].header.StudyInstanceUID), tuple(series), (*own, *_others(instances)), numbers_in_use)
 
@@ -170,12 +170,22 @@ def _others(instances: Sequence[Instance]) -> list[str]:
     return [f"{count} x {name}" for name, count in sorted(counts.items())]
 
 
-def _grouped(instances: Sequence[Instance]) -> Iterator[Series]:
+def _grouped(instances: Sequence[Instance], rules: Sequence[SiteRule]) -> Iterator[Series]:
     groups: dict[str, list[Plane]] = defaultdict(list)
     for instance in instances:
         groups[str(instance.header.SeriesInstanceUID)] += instance.planes
     for series_uid, planes in groups.items():
-        yield from _volumes(series_uid, planes)
+        for stack in _volumes(planes):
+            yield Series(series_uid, stack.planes, read_facts(stack.planes, rules), stack.fault, stack.part)
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """Planes that are one volume, in order, or would be without the fault."""
+
+    planes: tuple[Plane, ...]
+    fault: Fault | None
+    part: str
 
 
 # What tells the volumes of one series apart, in the order in which it is tried (PS3.3 C.7.6.16, C.7.6.1, C.8.3.1).
@@ -183,10 +193,10 @@ _DIVIDERS = ("StackID", "AcquisitionNumber", "TemporalPositionIdentifier", "Imag
 _MOST_PARTS = 4  # more volumes than these are a dynamic examination
 
 
-def _volumes(series_uid: str, planes: Sequence[Plane]) -> Sequence[Series]:
+def _volumes(planes: Sequence[Plane]) -> Sequence[_Stack]:
     """A series as one volume; where it is none, as the few whole volumes that one or two attributes tell apart."""
     members = [(plane, HeaderSummary.of(plane.header)) for plane in planes]
-    whole = _series(series_uid, members)
+    whole = _stack(members)
     if not whole.fault or count_fault([summary for _, summary in members]):
         return [whole]
     # A gap is no reason to look for two volumes: two halves of one would be found. Stacks are said to be volumes.
@@ -195,7 +205,7 @@ def _volumes(series_uid: str, planes: Sequence[Plane]) -> Sequence[Series]:
     for keywords in itertools.chain(itertools.combinations(varying, 1), itertools.combinations(varying, 2)):
         groups = _by_values(members, keywords)
         if len(groups) <= _MOST_PARTS:
-            parts = [_series(series_uid, group, _said(keywords, key)) for key, group in sorted(groups.items())]
+            parts = [_stack(group, _said(keywords, key)) for key, group in sorted(groups.items())]
             if not any(part.fault for part in parts):
                 return parts
     return [whole]
@@ -216,19 +226,19 @@ def _said(keywords: Sequence[str], values: Sequence[str]) -> str:
     return ", ".join(f"{keyword} {value}" for keyword, value in zip(keywords, values, strict=True))
 
 
-def _series(series_uid: str, members: Sequence[_Member], part: str = "") -> Series:
+def _stack(members: Sequence[_Member], part: str = "") -> _Stack:
     """Sort the planes along their normal, or say what keeps them from being one regular volume."""
     planes, summaries = [plane for plane, _ in members], [summary for _, summary in members]
     if part:  # what counts images or objects may count those of the other volumes too
         summaries = [replace(summary, images_in_acquisition=None, concatenation=None) for summary in summaries]
     fault = next(iter(geometry_faults(summaries)), None) or _impossible(planes)
     if fault:
-        return Series(series_uid, tuple(planes), fault, part)
+        return _Stack(tuple(planes), fault, part)
     normal = np.cross(*axes(planes[0].header))
     heights = np.array([numbers(plane.header, "ImagePositionPatient") for plane in planes]) @ normal
     ordered = tuple(planes[n] for n in np.argsort(heights))
     step_mm = float(np.ptp(heights)) / (len(planes) - 1)
-    return Series(series_uid, ordered, _impossible_step(planes[0].header, step_mm), part)
+    return _Stack(ordered, _impossible_step(planes[0].header, step_mm), part)
 
 
 _SPACING_RANGE_MM = (0.01, 100.0)

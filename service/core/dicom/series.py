@@ -16,7 +16,8 @@ from typing import Any, Self
 from pydantic import TypeAdapter
 from pydicom.dataset import Dataset
 
-from service.core.dicom.header import has_contrast, is_synthetic, number, texts, values, why_not_t1
+from service.core.dicom.header import has_contrast, is_synthetic, why_not_t1
+from service.core.dicom.values import number, texts, values
 from service.core.errors import Reason
 
 Vector = tuple[float, float, float]

@@ -1,5 +1,7 @@
 """What a site knows of its own protocols: which series is which, which agent is used and what dose is injected.
 
+A rule is a `[[protocols]]` table of the site file.
+
 Hides how names are matched. Must never let one rule silently outrank another: all that match count, and the caller is
 told when they disagree.
 """
@@ -13,7 +15,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydicom.dataset import Dataset
 
-from service.core.dicom.header import texts
+from service.core.dicom.values import texts
 
 KEYWORDS = {  # pattern of a rule: the attribute it is compared with
     "protocol_name": "ProtocolName",
@@ -33,9 +35,10 @@ AgentName = Literal[  # the generic names of models.agents, which the service ca
     "gadopiclenol",
 ]
 QUANTITIES = ("role", "agent", "dose_mmol_per_kg")
+DOSE_RANGE_MMOL_PER_KG = (0.003, 0.35)  # chosen: what lies outside is a slip of volume, weight or unit
 
 
-class Protocol(BaseModel):
+class SiteRule(BaseModel):
     """One rule: series whose names match all of its patterns have this role, agent and dose.
 
     Patterns are those of a shell (`*`, `?`, `[abc]`); upper and lower case do not matter.
@@ -49,7 +52,9 @@ class Protocol(BaseModel):
     station_name: str | None = Field(default=None, min_length=1, description="Pattern of StationName")
     role: Role | None = Field(default=None, description="pre, low, or ignore for series that are never input")
     agent: AgentName | None = Field(default=None, description="Generic name of the contrast agent")
-    dose_mmol_per_kg: float | None = Field(default=None, ge=0.003, le=0.35, description="Injected dose, mmol/kg")
+    dose_mmol_per_kg: float | None = Field(
+        default=None, ge=DOSE_RANGE_MMOL_PER_KG[0], le=DOSE_RANGE_MMOL_PER_KG[1], description="Injected dose, mmol/kg"
+    )
 
     @model_validator(mode="after")
     def _is_of_use(self) -> Self:
@@ -72,17 +77,17 @@ def names_of(header: Dataset) -> dict[str, str]:
     return {key: " ".join(texts(header, keyword)) for key, keyword in KEYWORDS.items()}
 
 
-def stated(protocols: Iterable[Protocol], names: Mapping[str, str], quantity: str) -> dict[Any, str]:
+def stated(rules: Iterable[SiteRule], names: Mapping[str, str], quantity: str) -> dict[Any, str]:
     """What the matching rules say of one of QUANTITIES: the name of a rule by value. More than one: they disagree."""
     found: dict[Any, str] = {}
-    for protocol in protocols:
-        value = getattr(protocol, quantity)
-        if value is not None and protocol.matches(names):
-            found.setdefault(value, protocol.name)
+    for rule in rules:
+        value = getattr(rule, quantity)
+        if value is not None and rule.matches(names):
+            found.setdefault(value, rule.name)
     return found
 
 
-def role_of(protocols: Iterable[Protocol], names: Mapping[str, str]) -> str:
+def role_of(rules: Iterable[SiteRule], names: Mapping[str, str]) -> str:
     """The role that the rules give; empty when they give none, `unclear` when they disagree."""
-    found = stated(protocols, names, "role")
+    found = stated(rules, names, "role")
     return "unclear" if len(found) > 1 else next(iter(found), "")
