@@ -19,7 +19,8 @@ from scipy import ndimage
 
 from models.card import Card, ModelError, read_card
 from models.condition import HEADROOM, UNKNOWN_DOSE_FRACTION, Conditions, vector
-from models.preprocess import Prepared, smoothings
+from models.noise import smoothings
+from models.preprocess import Prepared
 from models.volume import Array, Mask
 
 LINEAR_SIGMA_MM = 0.8

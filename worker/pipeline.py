@@ -21,8 +21,9 @@ from pydicom.dataset import Dataset
 from models.agents import BY_NAME
 from models.brain import NoBrainError
 from models.condition import CONTRACT_VERSION, Conditions
-from models.preprocess import Prepared, RegistrationError, prepare
+from models.preprocess import Prepared, prepare
 from models.quality import LIMITS, Figure, Gate, judge_conditions, judge_pair, judge_signal, refused
+from models.registration import RegistrationError
 from models.runtime import Engine, OutputError, UnknownDoseError, at_dose
 from models.volume import Array
 from service.core.dicom.site_rules import Protocol

@@ -16,11 +16,12 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from models.preprocess import high_pass_noise
+from models.noise import high_pass_noise
 from models.quality import refused
 from models.runtime import linear
-from models.simulation.phantom import draw_scenario, make_phantom
+from models.simulation.phantom import make_phantom
 from models.simulation.samples import TEST_SEED, Sample, quiet_brain, sample_of
+from models.simulation.scenario import draw_scenario
 from models.volume import Array, Mask
 
 ENHANCING, FALSE, FAINT, WHITE = 0.1, 0.1, 0.02, 0.8  # of white matter

@@ -19,24 +19,11 @@ import torch
 from torch import nn
 
 from models.condition import vector
-from models.preprocess import SCALE_QUANTILE
-from models.simulation.phantom import (
-    B1_RANGE,
-    BLOOD_MM,
-    CHOROID_MM,
-    DURA_MM,
-    LESION_MM,
-    PIA_MM,
-    RECEIVE_SPREAD,
-    TRANSMIT_MEAN,
-    TRANSMIT_SPREAD,
-    depart,
-    draw_flow,
-    draw_relaxivity,
-    draw_scenario,
-    draw_uptake,
-)
+from models.simulation.anatomy import BLOOD_MM, CHOROID_MM, DURA_MM, LESION_MM, PIA_MM
 from models.simulation.physics import draw_tissue, signal
+from models.simulation.scanner import B1_RANGE, RECEIVE_SPREAD, TRANSMIT_MEAN, TRANSMIT_SPREAD, depart
+from models.simulation.scenario import draw_flow, draw_relaxivity, draw_scenario, draw_uptake
+from models.statistics import SCALE_QUANTILE
 from models.training.network import Response, dose_fraction
 from models.training.patches import with_gaps
 from models.volume import Array

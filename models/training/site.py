@@ -18,7 +18,8 @@ import numpy as np
 from scipy import ndimage
 
 from models.condition import Conditions, vector
-from models.preprocess import Comparison, Prepared, compare, local_statistics
+from models.noise import local_statistics
+from models.preprocess import Comparison, Prepared, compare
 from models.quality import judge_comparison, refused
 from models.simulation.phantom import make_phantom
 from models.simulation.samples import Block, quiet_brain, scaled, usable

@@ -26,7 +26,7 @@ from models.evaluation.ablation import condition_grid, embedding, variance_share
 from models.evaluation.metrics import JUDGED_DOSE, held_out, interval, score, usable_studies
 from models.quality import LIMITS, Figure
 from models.runtime import NetworkEngine, upper_bound
-from models.simulation import phantom
+from models.simulation import scanner
 from models.simulation.samples import (
     TEST_SEED,
     TRAIN_SEED,
@@ -768,7 +768,7 @@ def test_an_evaluation_counts_and_replaces_what_the_quality_gate_refuses(monkeyp
 
 def test_training_takes_no_pair_that_the_quality_gate_would_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     assert make_sample(3, shape=(40, 40, 40)) is not None
-    monkeypatch.setattr(phantom, "_misalign", lambda image, *_: ndimage.shift(image, (0, 2, 0), order=1))
+    monkeypatch.setattr(scanner, "_misalign", lambda image, *_: ndimage.shift(image, (0, 2, 0), order=1))
     assert make_sample(3, shape=(40, 40, 40)) is None
 
 

@@ -21,7 +21,8 @@ import pydicom
 from pydicom.uid import MRImageStorage
 from pynetdicom import AE, evt
 
-from models.simulation.phantom import draw_scenario, make_phantom, with_choices
+from models.simulation.phantom import make_phantom
+from models.simulation.scenario import draw_scenario, with_choices
 from models.volume import Array
 from service.core.settings import Destination
 from worker.deliver.sending import send

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from models.agents import BY_NAME
 from models.brain import NoBrainError
-from models.preprocess import Prepared, RegistrationError, prepare
+from models.preprocess import Prepared, prepare
 from models.quality import judge_pair, refused
+from models.registration import RegistrationError
 from models.simulation.samples import Block
 from models.training.site import TripletError, make_block
 from service.core.dicom.site_rules import Protocol
