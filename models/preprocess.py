@@ -25,7 +25,8 @@ from models.statistics import SCALE_QUANTILE
 from models.volume import Array, Mask, Volume
 
 FINEST_MM = 0.7  # below this an axis is resampled: the information of a 3-D T1 ends near 1 mm
-SUPPORT_MM = 12.0  # signal is predicted up to here outside the brain (meninges, sinuses), fading over the last 4 mm
+SUPPORT_MM = 12.0  # signal is predicted up to here outside the brain. Chosen: meninges and sinuses lie within
+SUPPORT_FADE_MM = 4.0  # and fades over the last of it, so that it has no edge
 
 Progress = Callable[[float], None]
 
@@ -209,4 +210,4 @@ def _nearest(mask: Mask, volume: Volume, grid: Volume) -> Mask:
 
 def _support(brain: Mask, spacing_mm: tuple[float, float, float]) -> Array:
     distance = ndimage.distance_transform_edt(~brain, sampling=spacing_mm[::-1])
-    return np.clip((SUPPORT_MM - distance) / 4.0, 0, 1).astype(np.float32)
+    return np.clip((SUPPORT_MM - distance) / SUPPORT_FADE_MM, 0, 1).astype(np.float32)

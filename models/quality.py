@@ -19,8 +19,9 @@ from scipy import ndimage
 
 from models.brain import CHECKS
 from models.condition import TRAINED, Conditions, told_timing
-from models.preprocess import Comparison, Prepared
+from models.preprocess import SUPPORT_MM, Comparison, Prepared
 from models.runtime import upper_bound
+from models.statistics import ENHANCING
 from models.volume import Array, Mask
 
 
@@ -131,7 +132,8 @@ LIMITS: dict[str, Limit] = {
     "contrast_change": Limit(
         Gate.PAIR, "1", *_most(0.02, 0.035),
         "change of grey matter, white matter = 1, that follows from those changes without any contrast agent",
-        "signal equations; at a third of the dose 0.035 is amplified to 0.1, from where on enhancement counts",
+        "signal equations; at a third of the dose 0.035 is amplified to "
+        f"{ENHANCING:g}, from where on enhancement counts",
     ),
     "pair_correlation": Limit(
         Gate.PAIR, "1", *_least(0.88, 0.80),
@@ -203,7 +205,7 @@ LIMITS: dict[str, Limit] = {
     ),
     "outside_support": Limit(
         Gate.OUTPUT, "1", (0, 0), (0, 0),
-        "voxels with signal further than 12 mm outside the brain", "none may be",
+        f"voxels with signal further than {SUPPORT_MM:g} mm outside the brain", "none may be",
     ),
     "bound_use": Limit(
         Gate.OUTPUT, "1", *_most(1.0, 2.0),
@@ -212,7 +214,7 @@ LIMITS: dict[str, Limit] = {
     ),
     "enhancing_fraction": Limit(
         Gate.OUTPUT, "1", *_most(0.20, 0.50),
-        "share of the brain predicted to enhance by more than 0.1",
+        f"share of the brain predicted to enhance by more than {ENHANCING:g}",
         "chosen: more is no picture of a brain",
     ),
 }  # fmt: skip
@@ -290,7 +292,7 @@ def judge_signal(signal: Array, prepared: Prepared, conditions: Conditions) -> t
             "not_finite": float((~(signal >= 0) | ~np.isfinite(signal)).sum()),
             "outside_support": float(((signal != 0) & (prepared.support == 0)).sum()),
             "bound_use": float((signal / bound)[inner].max()),
-            "enhancing_fraction": float((signal[prepared.brain] > 0.1).mean()),
+            "enhancing_fraction": float((signal[prepared.brain] > ENHANCING).mean()),
         }
     )
 

@@ -22,9 +22,12 @@ from models.runtime import linear
 from models.simulation.phantom import make_phantom
 from models.simulation.samples import TEST_SEED, Sample, quiet_brain, sample_of
 from models.simulation.scenario import draw_scenario
+from models.statistics import ENHANCING
 from models.volume import Array, Mask
 
-ENHANCING, FALSE, FAINT, WHITE = 0.1, 0.1, 0.02, 0.8  # of white matter
+FALSE = ENHANCING  # signal that counts as false enhancement in quiet brain
+FAINT = 0.02  # of white matter: a lesion whose mean truth is below is not counted, nor a voxel as enhancement
+WHITE = 0.8  # quiet brain that is brighter before contrast is about white matter
 JUDGED_DOSE = 0.33  # at which the quality gate takes or refuses a study
 LEVELS = FALSE * 1.1 ** np.arange(-13, 48)  # thresholds at which false components are counted, .03 to 9
 COMPONENT_MM = 2.0  # diameter of the ball whose volume a connected component must have to count

@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from models.card import STARTED
 from models.simulation.samples import TRAIN_SEED, VALIDATION_SEED, Block, make_sample, stream
+from models.statistics import ENHANCING
 from models.training.network import FULL_RESOLUTION, RESPONSE, STRIDE, VARIANTS, Network
 from models.training.patches import Held, draw_batch
 from models.training.response import learned
@@ -360,8 +361,8 @@ def _scaled(difference: Tensor, truth: Tensor) -> Tensor:
 
 
 def _enhancing(truth: Tensor) -> Tensor:
-    """How much a voxel counts as enhancing; from 0.1 on in full."""
-    return torch.clamp(truth / 0.1, 0, 1)
+    """How much a voxel counts as enhancing; from ENHANCING on in full."""
+    return torch.clamp(truth / ENHANCING, 0, 1)
 
 
 def coarse_loss(told: Sequence[Tensor], targets: Tensor) -> Tensor:
@@ -388,7 +389,7 @@ def gate_loss(gate: Tensor, truth: Tensor, brain: Tensor, quiet: Tensor) -> Tens
 
     Args:
         gate: logit of the chance that a voxel enhances.
-        truth: contrast enhancement of the standard dose; from 0.1 on a voxel counts in full.
+        truth: contrast enhancement of the standard dose; from ENHANCING on a voxel counts in full.
         brain: 1 inside the brain.
         quiet: 1 in brain where no signal belongs; what is neither does not count; all (n, 1, k, j, i).
     """
@@ -406,7 +407,7 @@ def _slope_error(y: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def validate(network: Network, samples: list[Block]) -> dict[str, float]:
-    """Mean over validation blocks: CE error and slope in enhancing brain, voxels above 0.1 per mL of quiet brain.
+    """Mean over validation blocks: CE error and slope in enhancing brain, voxels that enhance per mL of quiet brain.
 
     NaN where no block holds both.
     """
@@ -416,12 +417,12 @@ def validate(network: Network, samples: list[Block]) -> dict[str, float]:
         images = torch.from_numpy(sample.images.astype(np.float32))[None].to(device)
         y = network(images, torch.from_numpy(sample.condition)[None].to(device))[0, 0].cpu().numpy()
         truth = sample.truth.astype(np.float32)
-        enhancing = sample.brain & (truth > 0.1)
+        enhancing = sample.brain & (truth > ENHANCING)
         if enhancing.sum() < 50 or not sample.quiet.any():
             continue
         slope = np.polyfit(truth[enhancing], y[enhancing], 1)[0]
         quiet_ml = sample.quiet.sum() * np.prod(sample.spacing_mm) / 1000
-        rows.append((np.abs(y - truth)[enhancing].mean(), slope, (y[sample.quiet] > 0.1).sum() / quiet_ml))
+        rows.append((np.abs(y - truth)[enhancing].mean(), slope, (y[sample.quiet] > ENHANCING).sum() / quiet_ml))
     names = ("ce_error", "slope", "false_per_ml")
     means = np.mean(rows, axis=0) if rows else np.full(len(names), np.nan)
     return dict(zip(names, map(float, means), strict=True))
