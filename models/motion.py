@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-from models.statistics import block_means, expand
+from models.statistics import block_means, expand, robust_std
 from models.volume import Array, Mask
 
 MOTION_LIMIT_MM = 1.5  # the most residual motion that is undone, per axis
@@ -87,7 +87,7 @@ def _motion(
     slopes are no steeper than those of the noise.
     """
     above = rest - np.median(rest[brain])
-    spread = 1.4826 * np.median(np.abs(above[brain])) + 1e-6
+    spread = robust_std(rest[brain]) + 1e-6
     enhancing = ndimage.binary_dilation(brain & (above > 3 * spread))
     darkest = -3 * spread - _DARKENING_MM * np.sqrt((slope**2).sum(axis=0))
     plain = (ndimage.binary_erosion(brain, border_value=1) & ~enhancing & (above > darkest)).astype(np.float32)

@@ -10,25 +10,23 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-from models.statistics import smooth
+from models.statistics import robust_std, smooth
 from models.volume import Array, Mask
 
 NOISE_SIGMA_MM = 8.0
 _TRUNCATED_STD = 0.88  # std of a unit normal truncated at +-2
+_LEAST_SPREAD = 1.4826e-6  # white matter = 1: an image without noise has a share, too
 
 
 def high_pass_noise(image: Array, mask: Mask) -> float:
     """Robust standard deviation, in a mask, of an image less its 3x3x3 mean, corrected for the mean's own share."""
     rest = image - ndimage.uniform_filter(image, 3)
-    inside = rest[mask]
-    mad = float(np.median(np.abs(inside - np.median(inside))))
-    return max(1.4826 * mad / float(np.sqrt(1 - 1 / 27)), 1e-4)
+    return max(robust_std(rest[mask]) / float(np.sqrt(1 - 1 / 27)), 1e-4)
 
 
 def local_noise(subtraction: Array, brain: Mask, spacing_mm: tuple[float, float, float]) -> Array:
     """Local standard deviation of what is not enhancement."""
-    inside = subtraction[brain]
-    sigma = 1.4826 * float(np.median(np.abs(inside - np.median(inside)))) + 1e-6
+    sigma = robust_std(subtraction[brain]) + 1e-6
     return local_statistics(subtraction, brain, spacing_mm, sigma)[1]
 
 
@@ -54,11 +52,8 @@ def local_statistics(
 
 def noise_left(subtraction: Array, brain: Mask) -> tuple[float, float, float]:
     """Robust standard deviation in the brain after each smoothing, over that before: tells the noise's correlation."""
-    spreads = []
-    for image in (subtraction, *smoothings(subtraction)):
-        inside = image[brain]
-        spreads.append(float(np.median(np.abs(inside - np.median(inside)))) + 1e-6)
-    once, twice, wide = (min(1.0, spread / spreads[0]) for spread in spreads[1:])
+    before, *after = (robust_std(image[brain]) + _LEAST_SPREAD for image in (subtraction, *smoothings(subtraction)))
+    once, twice, wide = (min(1.0, spread / before) for spread in after)
     return once, twice, wide
 
 

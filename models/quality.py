@@ -21,7 +21,7 @@ from models.brain import CHECKS
 from models.condition import TRAINED, Conditions, told_timing
 from models.preprocess import SUPPORT_MM, Comparison, Prepared
 from models.runtime import upper_bound
-from models.statistics import ENHANCING
+from models.statistics import ENHANCING, robust_std
 from models.volume import Array, Mask
 
 
@@ -334,8 +334,7 @@ def _likeness(prepared: Prepared) -> tuple[float, float]:
     pre = ndimage.gaussian_filter(prepared.pre.voxels, sigmas)
     quiet = prepared.brain & (difference < np.quantile(difference[prepared.brain], 0.9))
     one, rest = pre[quiet], difference[quiet]
-    spread = 1.4826 * float(np.median(np.abs(rest - np.median(rest))))
-    left = max(spread**2 - prepared.comparison.sigma**2 * _noise_kept(sigmas), 0.0) ** 0.5
+    left = max(robust_std(rest) ** 2 - prepared.comparison.sigma**2 * _noise_kept(sigmas), 0.0) ** 0.5
     return float(np.corrcoef(one, one + rest)[0, 1]), left / max(float(one.std()), 1e-6)
 
 
@@ -357,5 +356,5 @@ def _darkening(prepared: Prepared) -> float:
     """Whether contrast came with the low-dose image: vessels and always-enhancing tissue brighten, never darken."""
     smooth = ndimage.gaussian_filter(prepared.comparison.subtraction, [1.0 / s for s in prepared.pre.spacing_mm[::-1]])
     inside = smooth[prepared.brain]
-    limit = 5 * 1.4826 * float(np.median(np.abs(inside - np.median(inside))))
+    limit = 5 * robust_std(inside)
     return float((inside < -limit).mean() - (inside > limit).mean())

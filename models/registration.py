@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import numpy as np
 import SimpleITK as sitk
 
-from models.statistics import SCALE_QUANTILE, smooth
+from models.statistics import SCALE_QUANTILE, robust_std, smooth
 from models.volume import Array, Mask, Volume
 
 SEED = 20240306
@@ -112,10 +112,11 @@ def match_intensity(pre: Array, low: Array, brain: Mask, spacing_mm: tuple[float
 
 
 def symmetric_gain(low: Array, pre: Array) -> float:
-    """The factor s that brings `low` to `pre`: sqrt(sum pre^2 / sum low^2) over |s low - pre| < 2.5 MAD, iterated.
+    """The factor s that brings `low` to `pre`: sqrt(sum pre^2 / sum low^2) over |s low - pre - centre| < 2.5 sigma.
 
-    The geometric mean of both regressions: unbiased when both images carry the same noise, and trimmed on both sides,
-    so that enhancement does not pull it (a one-sided quantile biases it upward by 1 to 2 %).
+    Iterated; sigma is the robust standard deviation. The geometric mean of both regressions: unbiased when both images
+    carry the same noise, and trimmed on both sides, so that enhancement does not pull it (a one-sided quantile biases
+    it upward by 1 to 2 %).
 
     Args:
         low: voxels of the low-dose brain, any shape.
@@ -124,8 +125,8 @@ def symmetric_gain(low: Array, pre: Array) -> float:
     gain = float(np.median(pre) / max(float(np.median(low)), 1e-6))
     for _ in range(20):
         difference = gain * low - pre
-        centre = np.median(difference)
-        kept = np.abs(difference - centre) < _TRIM * 1.4826 * np.median(np.abs(difference - centre)) + 1e-6
+        centre, limit = _trim(difference)
+        kept = np.abs(difference - centre) < limit
         new = float(np.sqrt(np.sum(pre[kept] ** 2, dtype=np.float64) / np.sum(low[kept] ** 2, dtype=np.float64)))
         if abs(new - gain) < 1e-5:
             break
@@ -135,10 +136,13 @@ def symmetric_gain(low: Array, pre: Array) -> float:
 
 def _plain(difference: Array, brain: Mask) -> Array:
     """1 where a brain voxel does not enhance (within the trim), else 0."""
-    inside = difference[brain]
-    centre = np.median(inside)
-    limit = _TRIM * 1.4826 * np.median(np.abs(inside - centre)) + 1e-6
+    centre, limit = _trim(difference[brain])
     return (brain & (np.abs(difference - centre) < limit)).astype(np.float32)
+
+
+def _trim(differences: Array) -> tuple[float, float]:
+    """The centre of what does not enhance, and how far from it a difference may lie."""
+    return float(np.median(differences)), _TRIM * robust_std(differences) + 1e-6
 
 
 def _gain_field(pre: Array, low: Array, plain: Array, spacing_mm: tuple[float, float, float]) -> Array:

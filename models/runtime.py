@@ -21,6 +21,7 @@ from models.card import Card, ModelError, read_card
 from models.condition import HEADROOM, UNKNOWN_DOSE_FRACTION, Conditions, vector
 from models.noise import smoothings
 from models.preprocess import Prepared
+from models.statistics import robust_std
 from models.volume import Array, Mask
 
 LINEAR_SIGMA_MM = 0.8
@@ -111,9 +112,7 @@ class LinearEngine:
 def linear(subtraction: Array, brain: Mask, spacing_mm: tuple[float, float, float], dose_fraction: float) -> Array:
     """Smoothed, gated linear amplification; arrays (k, j, i), spacing along i, j, k."""
     smooth = ndimage.gaussian_filter(subtraction, [LINEAR_SIGMA_MM / s for s in spacing_mm[::-1]])
-    inside = smooth[brain]
-    sigma = 1.4826 * float(np.median(np.abs(inside - np.median(inside))))
-    return np.where(smooth > LINEAR_GATE * sigma, smooth / dose_fraction, 0).astype(np.float32)
+    return np.where(smooth > LINEAR_GATE * robust_std(smooth[brain]), smooth / dose_fraction, 0).astype(np.float32)
 
 
 class NetworkEngine:

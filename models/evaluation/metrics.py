@@ -18,11 +18,11 @@ from scipy import ndimage
 
 from models.noise import high_pass_noise
 from models.quality import refused
-from models.runtime import linear
+from models.runtime import LINEAR_GATE, linear
 from models.simulation.phantom import make_phantom
 from models.simulation.samples import TEST_SEED, Sample, quiet_brain, sample_of
 from models.simulation.scenario import draw_scenario
-from models.statistics import ENHANCING
+from models.statistics import ENHANCING, robust_std
 from models.volume import Array, Mask
 
 FALSE = ENHANCING  # signal that counts as false enhancement in quiet brain
@@ -242,8 +242,8 @@ def non_local_means_method(sample: Sample) -> Array:
     subtraction = sample.images[0].astype(np.float32)
     sigma = float(np.median(sample.images[2].astype(np.float32)[sample.brain]))
     smooth = denoise_nl_means(subtraction, 3, 3, h=0.7 * sigma, sigma=sigma, fast_mode=True).astype(np.float32)
-    spread = 1.4826 * float(np.median(np.abs(smooth[sample.brain] - np.median(smooth[sample.brain]))))
-    return np.where(smooth > 2 * max(spread, 1e-6), smooth / sample.scenario.dose_fraction, 0).astype(np.float32)
+    spread = max(robust_std(smooth[sample.brain]), 1e-6)
+    return np.where(smooth > LINEAR_GATE * spread, smooth / sample.scenario.dose_fraction, 0).astype(np.float32)
 
 
 def apply(samples: Sequence[Sample], method: Method) -> Found:
