@@ -1,8 +1,8 @@
 """Residual motion: what a rigid registration leaves, tenths of a millimetre, is measured and undone.
 
 Hides the method of Lucas and Kanade (1981): where image and pre-contrast image differ by a small shift u, their
-difference is the slope of the image times u, and u is the weighted least-squares solution around every voxel. Why, and
-what it costs: ADR 7. Must never take enhancement for motion.
+difference is the slope of the image times u, and u is the weighted least-squares solution around every voxel. Why,
+what it costs, and where the constants come from: ADR 7. Must never take enhancement for motion.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from scipy import ndimage
 from models.statistics import block_means, expand, robust_std
 from models.volume import Array, Mask
 
-MOTION_LIMIT_MM = 1.5  # the most residual motion that is undone, per axis
+MOTION_LIMIT_MM = 1.5  # the most residual motion that is undone, per axis. Chosen: beyond, the registration failed
 _MOTION_SCALES_MM = ((30.0, np.inf), (9.0, np.inf), (5.0, 2.0))  # Gaussian, and the largest voxel side that takes it
-_MOTION_BLUR_MM = 0.7  # of the images in which it is measured
-_DARKENING_MM = 0.3  # a voxel may be darker by what so much motion explains
+_MOTION_BLUR_MM = 0.7  # of the images in which it is measured. Chosen: less noise, and borders still steep
+_ENHANCING_STD = 3.0  # robust standard deviations above the median: brighter may enhance. Chosen
+_DARKENING_MM = 0.3  # a voxel may be darker by what so much motion explains; .2 for brighter ones cost enhancement
+_RIDGE = 0.02  # of the mean square slope, in every direction: a border tells no motion along itself. Chosen
 _MOTION_ROUNDS, _MOTION_SETTLED_MM = 3, 0.05  # at most at each scale; done when a round moves 95 % of the brain by less
 
 
@@ -81,15 +83,16 @@ def _motion(
     """The shift u (3, k, j, i) of which a subtraction shows what is not yet known: rest = slope . (u - known).
 
     Both are in mm and beyond the motion of the coarser scale. Weighted least squares around every voxel (Gaussian of
-    `sigma_mm`) over brain that does not enhance: within 3 robust standard deviations, darker by no more than a small
+    `sigma_mm`) over brain that does not enhance: within `_ENHANCING_STD`, darker by no more than a small
     shift explains, and not beside what is brighter, because what enhances in a sulcus or at a border has its flanks on
     slopes; nor at the brain's border, where a stripped image was cut. Drawn to 0, the coarser scale's motion, where the
-    slopes are no steeper than those of the noise.
+    slopes are no steeper than those of the noise. Solved are the normal equations, with G the Gaussian and m those
+    voxels: (G(m slope slope^T) + ridge) u = G(m slope (rest + slope . known)).
     """
     above = rest - np.median(rest[brain])
     spread = robust_std(rest[brain]) + 1e-6
-    enhancing = ndimage.binary_dilation(brain & (above > 3 * spread))
-    darkest = -3 * spread - _DARKENING_MM * np.sqrt((slope**2).sum(axis=0))
+    enhancing = ndimage.binary_dilation(brain & (above > _ENHANCING_STD * spread))
+    darkest = -_ENHANCING_STD * spread - _DARKENING_MM * np.sqrt((slope**2).sum(axis=0))
     plain = (ndimage.binary_erosion(brain, border_value=1) & ~enhancing & (above > darkest)).astype(np.float32)
     explained = rest + (slope * known).sum(axis=0)
     pairs = [(a, b) for a in range(3) for b in range(a, 3)]
@@ -100,7 +103,7 @@ def _motion(
         normal[..., a, b] = normal[..., b, a] = mean
     moving = [axis for axis in range(3) if rest.shape[axis] > 1]
     noise = np.mean(_slopes(rest, spacing_mm)[moving][:, plain > 0] ** 2) if plain.any() else 0.0
-    ridge = 0.02 * float(np.mean(np.trace(normal, axis1=-2, axis2=-1))) + float(noise) + 1e-6
+    ridge = _RIDGE * float(np.mean(np.trace(normal, axis1=-2, axis2=-1))) + float(noise) + 1e-6
     right = np.stack(means[len(pairs) :], axis=-1)[..., None]
     shift = np.linalg.solve(normal + ridge * np.eye(3, dtype=np.float32), right)[..., 0]
     return np.stack([expand(shift[..., axis], blocks, rest.shape) for axis in range(3)])

@@ -13,15 +13,21 @@ from scipy import ndimage
 from models.statistics import robust_std, smooth
 from models.volume import Array, Mask
 
-NOISE_SIGMA_MM = 8.0
-_TRUNCATED_STD = 0.88  # std of a unit normal truncated at +-2
+NOISE_SIGMA_MM = 8.0  # of the neighbourhood (section 2.4: 16 voxels of .5 mm)
+_TRUNCATED_AT = 2.0  # standard deviations: beyond is structure or enhancement (section 2.4)
+_TRUNCATED_STD = 0.88  # that of a unit normal cut there: sqrt(1 - 4 phi(2) / (2 Phi(2) - 1)) = .8796
+_PRIOR = 0.02  # weight of the expected deviation, over that of a neighbourhood full of brain. Chosen
 _LEAST_SPREAD = 1.4826e-6  # white matter = 1: an image without noise has a share, too
+_LEAST = 1e-4  # noise that is measured at least, white matter = 1: logarithms of it are taken
 
 
 def high_pass_noise(image: Array, mask: Mask) -> float:
-    """Robust standard deviation, in a mask, of an image less its 3x3x3 mean, corrected for the mean's own share."""
+    """Robust standard deviation, in a mask, of an image less its 3x3x3 mean.
+
+    Of white noise that difference has the variance 1 - 1/27, which is given back.
+    """
     rest = image - ndimage.uniform_filter(image, 3)
-    return max(robust_std(rest[mask]) / float(np.sqrt(1 - 1 / 27)), 1e-4)
+    return max(robust_std(rest[mask]) / float(np.sqrt(1 - 1 / 27)), _LEAST)
 
 
 def local_noise(subtraction: Array, brain: Mask, spacing_mm: tuple[float, float, float]) -> Array:
@@ -33,7 +39,9 @@ def local_noise(subtraction: Array, brain: Mask, spacing_mm: tuple[float, float,
 def local_statistics(
     subtraction: Array, brain: Mask, spacing_mm: tuple[float, float, float], sigma: Array | float
 ) -> tuple[Array, Array]:
-    """Local mean and standard deviation over |z| < 2 sigma; the truncation's loss (0.88) is given back.
+    """Local mean and standard deviation over |z| < 2 sigma; what cutting there takes is given back.
+
+    With G a Gaussian and M = 1 there (section 2.4): mean = G(M z) / G(M), std^2 = G(M z^2) / G(M) - mean^2.
 
     Args:
         subtraction: (k, j, i), white matter = 1.
@@ -41,9 +49,9 @@ def local_statistics(
         spacing_mm: along i, j, k.
         sigma: expected standard deviation, one or (k, j, i); what is returned where there is no brain.
     """
-    quiet = (brain & (np.abs(subtraction) < 2 * sigma)).astype(np.float32)
+    quiet = (brain & (np.abs(subtraction) < _TRUNCATED_AT * sigma)).astype(np.float32)
     weight, first, second = smooth([quiet, quiet * subtraction, quiet * subtraction**2], spacing_mm, NOISE_SIGMA_MM)
-    prior = 0.02 * float(weight.max()) + 1e-9
+    prior = _PRIOR * float(weight.max()) + 1e-9
     mean = first / (weight + prior)
     square = (second + prior * (_TRUNCATED_STD * sigma) ** 2) / (weight + prior)
     std = np.sqrt(np.maximum(square - mean**2, 1e-8)) / _TRUNCATED_STD

@@ -1,8 +1,8 @@
 """From a pre-contrast and a low-dose volume to what the network sees, and back to the native grids.
 
 The one implementation for training and inference. Hides the order of the steps (brain, registration, gain, residual
-motion, noise), the working grid (the pre-contrast grid cropped to the brain, its axes never finer than 0.7 mm) and the
-way back. Follows section 2 of the paper's method (arXiv 2403.03539) with four changes: the gain is trimmed
+motion, noise), the working grid (the pre-contrast grid cropped to the brain, its axes never finer than `FINEST_MM`)
+and the way back. Follows section 2 of the paper's method (arXiv 2403.03539) with four changes: the gain is trimmed
 symmetrically, a gain field is fitted, local residual motion is undone before subtracting, and the image itself is never
 resampled for output (only the predicted signal is). Must never be random: the same pair gives the same bits.
 """
@@ -24,9 +24,12 @@ from models.registration import RegistrationError, match_intensity, register
 from models.statistics import SCALE_QUANTILE
 from models.volume import Array, Mask, Volume
 
-FINEST_MM = 0.7  # below this an axis is resampled: the information of a 3-D T1 ends near 1 mm
+FINEST_MM, WORKING_MM = 0.7, 1.0  # an axis finer than this becomes so: what a 3-D T1 tells ends near 1 mm (ADR 2)
 SUPPORT_MM = 12.0  # signal is predicted up to here outside the brain. Chosen: meninges and sinuses lie within
 SUPPORT_FADE_MM = 4.0  # and fades over the last of it, so that it has no edge
+# Onto a grid coarser by this factor an image is smoothed first, by this share of a new voxel (a Gaussian), so that only
+# what the grid can carry is left. Chosen: .4 leaves .45 of what is at the grid's Nyquist frequency.
+_COARSER, _ANTIALIAS = 1.2, 0.4
 
 Progress = Callable[[float], None]
 
@@ -159,7 +162,7 @@ def compare(pre: Array, low: Array, brain: Mask, spacing_mm: tuple[float, float,
 
 
 def _working_grid(pre: Volume, brain: Mask) -> Volume:
-    """The box of the brain plus `SUPPORT_MM`, on the native axes; axes finer than `FINEST_MM` become 1 mm."""
+    """The box of the brain plus `SUPPORT_MM`, on the native axes; axes finer than `FINEST_MM` become `WORKING_MM`."""
     margin = [int(np.ceil(SUPPORT_MM / s)) for s in pre.spacing_mm[::-1]]
     low, high = [], []
     for axis in range(3):
@@ -169,7 +172,7 @@ def _working_grid(pre: Volume, brain: Mask) -> Volume:
     corner = np.array(low[::-1], dtype=float)  # i, j, k
     size = np.array(high[::-1], dtype=float) - corner
     spacing = np.array(pre.spacing_mm)
-    factor = np.where(spacing < FINEST_MM, 1.0 / spacing, 1.0)
+    factor = np.where(spacing < FINEST_MM, WORKING_MM / spacing, 1.0)
     shape = np.maximum(1, np.ceil(size / factor - 1e-6)).astype(int)
     affine = pre.affine.copy()
     affine[:3, :3] = pre.affine[:3, :3] * factor
@@ -184,9 +187,9 @@ def _resample(volume: Volume, grid: Volume, transform: sitk.Transform) -> Volume
         return grid.with_voxels(crop)
     image = volume.to_sitk()
     for axis, (fine, coarse) in enumerate(zip(volume.spacing_mm, grid.spacing_mm, strict=True)):
-        if coarse > 1.2 * fine:  # keep what the coarser grid can carry
+        if coarse > _COARSER * fine:
             image = sitk.RecursiveGaussian(
-                image, 0.4 * coarse, False, sitk.RecursiveGaussianImageFilter.ZeroOrder, axis
+                image, _ANTIALIAS * coarse, False, sitk.RecursiveGaussianImageFilter.ZeroOrder, axis
             )
     moved = sitk.GetArrayFromImage(sitk.Resample(image, grid.to_sitk(), transform, sitk.sitkBSpline, 0.0))
     return grid.with_voxels(np.clip(moved, float(volume.voxels.min()), float(volume.voxels.max())))
