@@ -24,12 +24,12 @@ from models.simulation.physics import draw_tissue, signal
 from models.simulation.scanner import B1_RANGE, RECEIVE_SPREAD, TRANSMIT_MEAN, TRANSMIT_SPREAD, depart
 from models.simulation.scenario import draw_flow, draw_relaxivity, draw_scenario, draw_uptake
 from models.statistics import SCALE_QUANTILE
-from models.training.network import Response, dose_fraction
+from models.training.network import DoseResponse, dose_fraction
 from models.training.patches import with_gaps
 from models.volume import Array
 
 VOXELS = 48  # of an acquisition
-BATCH, RATE = 512, 3e-3  # acquisitions of a step, and its highest rate
+BATCH, LEARNING_RATE = 512, 3e-3  # acquisitions of a step; the highest learning rate
 PASSES = 50  # steps: as many as show every acquisition so many times
 FAINT = 0.02  # of white matter: what enhances less tells nothing
 _CHUNK = 500
@@ -103,7 +103,7 @@ def _concentration(which: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def learned(
     seed: int, acquisitions: int, *, told: bool = True, workers: int = 1, device: torch.device | None = None
-) -> tuple[Response, float]:
+) -> tuple[DoseResponse, float]:
     """A response learned from voxels of so many acquisitions, some of their headers with gaps.
 
     Args:
@@ -118,16 +118,16 @@ def learned(
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        response = Response().to(device)
+        response = DoseResponse().to(device)
     drawn, conditions = _drawn(seed, acquisitions, workers)
     voxels = torch.from_numpy(drawn).to(device)
     rng = np.random.default_rng([seed, acquisitions])  # the voxels have those before
-    optimizer = torch.optim.AdamW(response.parameters(), lr=RATE, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(response.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
     steps = max(1, PASSES * acquisitions // BATCH)
     ratios = []
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1.0, (step + 1) / 100, 2 * (1 - step / steps))
+            group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 100, 2 * (1 - step / steps))
         which = rng.integers(acquisitions, size=BATCH)
         header = torch.from_numpy(with_gaps(conditions[which], rng)).to(device) * float(told)
         subtraction, pre, truth = voxels[which][..., None, None].split(1, dim=1)
