@@ -31,7 +31,7 @@ SUPPORT_FADE_MM = 4.0  # and fades over the last of it, so that it has no edge
 # what the grid can carry is left. Chosen: .4 leaves .45 of what is at the grid's Nyquist frequency.
 _COARSER, _ANTIALIAS = 1.2, 0.4
 
-Progress = Callable[[float], None]
+FractionDone = Callable[[float], None]  # told the fraction of the work that is done
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Prepared:
         return native
 
 
-def prepare(pre: Volume, low: Volume, *, progress: Progress = lambda _: None) -> Prepared:
+def prepare(pre: Volume, low: Volume, *, progress: FractionDone = lambda _: None) -> Prepared:
     """Bring a pair to the working grid.
 
     Args:

@@ -17,7 +17,7 @@ import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
 
-from models.brain import CHECKS
+from models.brain import POSE_LIMITS
 from models.condition import TRAINED, Conditions, told_timing
 from models.preprocess import SUPPORT_MM, Comparison, Prepared
 from models.runtime import upper_bound
@@ -167,12 +167,12 @@ LIMITS: dict[str, Limit] = {
         "intracranial volumes of grown heads, with the margin of the atlas",
     ),
     "brain_structure": Limit(
-        Gate.PAIR, "1", *_least(0.40, CHECKS["structure"].least),
+        Gate.PAIR, "1", *_least(0.40, POSE_LIMITS["structure"].least),
         "correlation with the atlas deep in the brain",
         "measured .45 to .77 in the right place, .28 at most elsewhere (ADR 5)",
     ),
     "brain_in_pre": Limit(
-        Gate.PAIR, "1", *_least(0.90, CHECKS["coverage"].least),
+        Gate.PAIR, "1", *_least(0.90, POSE_LIMITS["coverage"].least),
         "share of the brain and its rim inside the pre-contrast image",
         "whole heads measured .9 and more (ADR 5)",
     ),

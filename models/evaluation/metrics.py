@@ -54,7 +54,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Range:
+class LesionRange:
     """Lesions by diameter (mm) and mean true enhancement, from the lower limits to below the upper ones."""
 
     smallest_mm: float = 0.0
@@ -67,7 +67,7 @@ class Range:
         return self.smallest_mm <= diameter_mm < self.largest_mm and self.weakest <= enhancement < self.strongest
 
 
-LARGE = Range(5)
+LARGE = LesionRange(5)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Found:
     false_counts: npt.NDArray[np.intp]  # false components above each of LEVELS, all studies
     studies: int
 
-    def among(self, limits: Range) -> list[Lesion]:
+    def among(self, limits: LesionRange) -> list[Lesion]:
         """The lesions of a range."""
         return [one for one in self.lesions if limits.holds(one.diameter_mm, one.enhancement)]
 
@@ -292,7 +292,7 @@ def percent_enhancement(lesions: Sequence[Lesion]) -> Interval:
     return _ratio([one.study for one in lesions], tops, bottoms)
 
 
-def lesion_error_ratio(found: Found, reference: Found, limits: Range) -> Interval:
+def lesion_error_ratio(found: Found, reference: Found, limits: LesionRange) -> Interval:
     """Ratio of two methods' mean errors inside the same lesions."""
     tops, bottoms = found.among(limits), reference.among(limits)
     return _ratio([one.study for one in tops], [one.error for one in tops], [one.error for one in bottoms])
@@ -319,7 +319,7 @@ def _ratio(studies: Sequence[int], tops: Sequence[float], bottoms: Sequence[floa
     return float(sums[:, 0].sum() / sums[:, 1].sum()), float(low), float(high)
 
 
-def sensitivity(found: Found, threshold: float, limits: Range) -> Interval:
+def sensitivity(found: Found, threshold: float, limits: LesionRange) -> Interval:
     """Share of lesions of a range whose 0.9 quantile of signal exceeds the threshold."""
     return by_study(found.among(limits), lambda lesion: float(lesion.level > threshold))
 
@@ -333,7 +333,7 @@ def threshold_at(found: Found, false_per_study: float) -> float:
     return float(LEVELS[min(too_many[-1] + 1, len(LEVELS) - 1) if len(too_many) else 0])
 
 
-def ideal_sensitivity(samples: Sequence[Sample], limits: Range) -> float:
+def ideal_sensitivity(samples: Sequence[Sample], limits: LesionRange) -> float:
     """Share of lesions of a range that a matched filter, told shape and place, would find (d' of 5.5 or more).
 
     An estimate, no bound: d'^2 is the energy of the true enhancement times the dose fraction over the variance of the
