@@ -29,7 +29,10 @@ from models.training.patches import with_gaps
 from models.volume import Array
 
 VOXELS = 48  # of an acquisition
-BATCH, LEARNING_RATE = 512, 3e-3  # acquisitions of a step; the highest learning rate
+BATCH, LEARNING_RATE = 512, 3e-3  # acquisitions of a step; the highest learning rate. Chosen, like the next five
+WARM_UP, WEIGHT_DECAY, LARGEST_GRADIENT = 100, 1e-4, 1.0  # steps over which the rate rises; of AdamW; norm of a step
+FILLED_SHARE = 0.3  # of voxels that the enhancing tissue fills; in the others it has any share from .05 on
+TEXTURE, UPTAKE_SPREAD = 0.025, 0.4  # relative deviations between voxels of one tissue, as in the simulator's heads
 PASSES = 50  # steps: as many as show every acquisition so many times
 FAINT = 0.02  # of white matter: what enhances less tells nothing
 _CHUNK = 500
@@ -72,10 +75,10 @@ def draw_voxels(seed: int, index: int) -> tuple[Array, Array]:
 
     b1, bias = fields(VOXELS)
     which = rng.choice(len(_ENHANCING), VOXELS, p=[*_ENHANCING.values()])
-    filled = np.where(rng.uniform(size=VOXELS) < 0.3, 1.0, rng.uniform(0.05, 1, VOXELS))
+    filled = np.where(rng.uniform(size=VOXELS) < FILLED_SHARE, 1.0, rng.uniform(0.05, 1, VOXELS))
     beside = rng.dirichlet([*_BESIDE.values()], VOXELS)
     rest = (1 - filled) * plain(beside, _BESIDE, b1)
-    texture = 1 + 0.025 * rng.standard_normal(VOXELS)
+    texture = 1 + TEXTURE * rng.standard_normal(VOXELS)
     concentration = _concentration(which, rng) * uptake
     ideal = {}
     for dose in (0.0, scenario.dose_fraction, 1.0):
@@ -97,7 +100,7 @@ def _concentration(which: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     for place, name in enumerate(_ENHANCING):
         if name in _UPTAKE_MM:
             level[which == place] = rng.uniform(*_UPTAKE_MM[name])
-    varied = level * np.clip(1 + 0.4 * rng.standard_normal(VOXELS), 0.1, 2.5)
+    varied = level * np.clip(1 + UPTAKE_SPREAD * rng.standard_normal(VOXELS), 0.1, 2.5)
     return np.where(which == [*_ENHANCING].index("blood"), level, varied)
 
 
@@ -122,12 +125,12 @@ def learned(
     drawn, conditions = _drawn(seed, acquisitions, workers)
     voxels = torch.from_numpy(drawn).to(device)
     rng = np.random.default_rng([seed, acquisitions])  # the voxels have those before
-    optimizer = torch.optim.AdamW(response.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(response.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     steps = max(1, PASSES * acquisitions // BATCH)
     ratios = []
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 100, 2 * (1 - step / steps))
+            group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARM_UP, 2 * (1 - step / steps))
         which = rng.integers(acquisitions, size=BATCH)
         header = torch.from_numpy(with_gaps(conditions[which], rng)).to(device) * float(told)
         subtraction, pre, truth = voxels[which][..., None, None].split(1, dim=1)
@@ -136,7 +139,7 @@ def learned(
         error = (weight * (response(proportional, pre, header) - truth).abs()).sum()
         optimizer.zero_grad(set_to_none=True)
         (error / weight.sum()).backward()
-        nn.utils.clip_grad_norm_(response.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(response.parameters(), LARGEST_GRADIENT)
         optimizer.step()
         ratios.append((error / (weight * (proportional - truth).abs()).sum()).detach())
     return response, float(torch.stack(ratios[-100:]).mean())

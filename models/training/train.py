@@ -34,20 +34,20 @@ from models.training.patches import Held, draw_batch
 from models.training.response import learned
 from models.training.site import SiteData, cut, padded, simulated_block
 
-# Weights and scales of the loss. Chosen by the errors of early runs, but for those with a number of an ADR.
-FALSE_FIRST, FALSE_WEIGHT = 10.0, 40.0  # weight of false enhancement: at first, lest every gate shuts, and in full
+# Weights and scales of the loss: chosen, but where an ADR is named.
+FALSE_FIRST, FALSE_WEIGHT = 10.0, 40.0  # of false enhancement: at first, lest every gate shuts for good, and in full
 FALSE_FROM = 0.05  # of white matter: signal in quiet brain that is false; half of what counts as enhancing
 AUXILIARY_WEIGHT = 0.5  # of the auxiliary heads (ADR 16)
 BIAS_WEIGHT, BIAS_SIDE = 8.0, 4  # of the error over blocks of so many voxels a side
-EXCESS_WEIGHT = 0.1  # of what exceeds the bound
+EXCESS_WEIGHT = 0.1  # of what exceeds the bound, which takes its gradient away
 SLOPE_WEIGHT, SLOPE_DAMPING = 0.1, 20.0  # of the slope; the spread of a patch's enhancement below which it counts less
 CHARBONNIER = 0.02  # of white matter: smaller errors count as their squares, larger ones as their size
 ENHANCING_WEIGHT = 4.0  # of the error of an enhancing voxel, beside the 1 of any
 OUTSIDE_WEIGHT = 0.3  # of the error outside the brain: a third
-# The optimiser. Usual values but for the first, which keeps a patch of vessels from undoing many others.
+# The optimiser, chosen likewise.
 LARGEST_GRADIENT = 0.5  # norm to which the gradient of a step is cut
 WEIGHT_DECAY = 1e-4
-EMA_WARM_UP = 20  # steps: at step n the average forgets as over n + 20 steps, until `Config.ema` is reached
+EMA_WARM_UP = 20  # steps: the decay after n of them is n / (n + 20), up to `Config.ema`, so that the start is forgotten
 DECAYING_SHARE, LEAST_RATE = 0.2, 0.01  # last share of the steps, over which the learning rate falls to this share
 RESPONSE_SEED = 1  # of the voxels whose dose response a run learns: the same for all runs, which can so be averaged
 LAST_SEED = 400  # a seed has a million phantoms from TRAIN_SEED times itself on, all before TEST_SEED
