@@ -3,16 +3,17 @@
 Hides the architecture. With the subtraction z and its smoothings z1, z2, z3 (binomial, twice, and once more twice as
 wide), the pre-contrast image p, local noise sigma, the dose fraction d and the acquisition c:
 
-    a_i  = R(z_i / d; p, c)                           amplified by the learned dose response (`DoseResponse`)
-    q_i  = z_i / (sigma l_i)                          signal-to-noise ratio; l_i: share of noise the smoothing leaves
-    w, share, gain, own, logit = U(a, q, p, sigma; c) the U-Net (Ronneberger et al., arXiv 1505.04597), FiLM by c
-    s    = relu(sigmoid(share) exp(gain) sum_i w_i a_i + own)                             the signal, if there is any
-    g    = smoothed (logit + prior(q)), raised at most to that of a neighbour                             the gate
-    y    = min(s / (1 + s / (CAP exp(g - offset))), HEADROOM / d * max(z, z1, z2, z3, 0))         what is shown
+    a_i = R(z_i / d; p, c)            amplified by the learned dose response (`DoseResponse`)
+    q_i = z_i / (sigma l_i)           signal-to-noise ratio; l_i: share of the noise that the smoothing leaves
+    w, share, gain, own, logit = U(a, q, p, sigma, sigma / d; c)
+    s = relu(sigmoid(share) exp(gain) sum_i w_i a_i + own)              the signal, if there is any
+    g = smoothed(logit + prior(q)), raised at most to a neighbour's     the gate
+    y = min(s / (1 + s / (CAP exp(g - offset))), HEADROOM / d * max(z, z1, z2, z3, 0))
 
-The second term of the minimum is the bound: the graph itself computes it from the measured subtraction, so that it
-holds whatever the weights are. No layer's statistics depend on the size of the input, so tiles and the whole volume
-agree. Must never use information outside its two inputs.
+U is the U-Net (Ronneberger et al., arXiv 1505.04597) with FiLM by c; what enters and leaves it is limited to a range,
+by the constants below. The second term of the minimum is the bound: the graph itself computes it from the measured
+subtraction, so that it holds whatever the weights are. No layer's statistics depend on the size of the input, so tiles
+and the whole volume agree. Must never use information outside its two inputs.
 """
 
 from __future__ import annotations
