@@ -244,7 +244,8 @@ def simulate(out: Path, seed: int, spacing_mm: float, stripped: bool, standard: 
     """Write a DICOM study of a digital phantom into OUT, with its truth."""
     import numpy as np
 
-    from models.simulation.phantom import draw_scenario, make_phantom, with_choices
+    from models.simulation.phantom import make_phantom
+    from models.simulation.scenario import draw_scenario, with_choices
     from worker.lab.phantom_study import write_phantom_study
 
     drawn = draw_scenario(np.random.default_rng(seed))

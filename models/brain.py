@@ -27,21 +27,21 @@ class NoBrainError(ValueError):
 
 
 @dataclass(frozen=True)
-class Check:
+class PoseLimit:
     """The least a figure of the fit may be, and what a lower one means."""
 
     least: float
     meaning: str
 
 
-CHECKS: dict[str, Check] = {
-    "correlation": Check(
+POSE_LIMITS: dict[str, PoseLimit] = {
+    "correlation": PoseLimit(
         0.60, "the image does not look like the atlas brain and its rim; measured .78 to .94 in the right place"
     ),
-    "structure": Check(
+    "structure": PoseLimit(
         0.33, "the inside does not look like a brain; measured .45 to .77 in the right place, .26 at most elsewhere"
     ),
-    "coverage": Check(0.50, "most of the brain lies outside the image"),
+    "coverage": PoseLimit(0.50, "most of the brain lies outside the image"),
 }  # fmt: skip
 
 
@@ -70,10 +70,10 @@ def find_brain(head: Volume) -> Brain:
     pose = locate(head, typical)
     if pose is None:
         raise NoBrainError("nothing in the image looks like a brain")
-    for name, check in CHECKS.items():
+    for name, limit in POSE_LIMITS.items():
         value = getattr(pose, name)
-        if not value >= check.least:
-            raise NoBrainError(f"{name} is {value:.2f}: {check.meaning}")
+        if not value >= limit.least:
+            raise NoBrainError(f"{name} is {value:.2f}: {limit.meaning}")
     mask = _atlas_mask_on(head, pose.transform)
     if _is_stripped(head, pose):
         mask = _tissue_near(mask, head)

@@ -39,7 +39,7 @@ TIMING_NAMES = NAMES[NAMES.index("log_repetition_time") :]
 HEADROOM = 1.5  # amplification beyond 1/dose that the bound of the signal allows: looser than any prediction
 UNKNOWN_DOSE_FRACTION = 0.33  # that the bound assumes where the dose is not known
 DOSE_INDEX, DOSE_KNOWN_INDEX = NAMES.index("log_dose_fraction"), NAMES.index("dose_known")
-TRAINED = {  # what the simulator draws (models.simulation.phantom); outside is said in the report
+TRAINED = {  # what the simulator draws (models.simulation.scenario); outside is said in the report
     "field_strength_t": (1.4, 3.2),
     "dose_fraction": (0.05, 1.0),
     "spacing_mm": (0.75, 6.0),

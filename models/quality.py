@@ -17,10 +17,11 @@ import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
 
-from models.brain import CHECKS
+from models.brain import POSE_LIMITS
 from models.condition import TRAINED, Conditions, told_timing
-from models.preprocess import Comparison, Prepared
+from models.preprocess import SUPPORT_MM, Comparison, Prepared
 from models.runtime import upper_bound
+from models.statistics import ENHANCING, robust_std
 from models.volume import Array, Mask
 
 
@@ -131,7 +132,8 @@ LIMITS: dict[str, Limit] = {
     "contrast_change": Limit(
         Gate.PAIR, "1", *_most(0.02, 0.035),
         "change of grey matter, white matter = 1, that follows from those changes without any contrast agent",
-        "signal equations; at a third of the dose 0.035 is amplified to 0.1, from where on enhancement counts",
+        "signal equations; at a third of the dose 0.035 is amplified to "
+        f"{ENHANCING:g}, from where on enhancement counts",
     ),
     "pair_correlation": Limit(
         Gate.PAIR, "1", *_least(0.88, 0.80),
@@ -165,12 +167,12 @@ LIMITS: dict[str, Limit] = {
         "intracranial volumes of grown heads, with the margin of the atlas",
     ),
     "brain_structure": Limit(
-        Gate.PAIR, "1", *_least(0.40, CHECKS["structure"].least),
+        Gate.PAIR, "1", *_least(0.40, POSE_LIMITS["structure"].least),
         "correlation with the atlas deep in the brain",
         "measured .45 to .77 in the right place, .28 at most elsewhere (ADR 5)",
     ),
     "brain_in_pre": Limit(
-        Gate.PAIR, "1", *_least(0.90, CHECKS["coverage"].least),
+        Gate.PAIR, "1", *_least(0.90, POSE_LIMITS["coverage"].least),
         "share of the brain and its rim inside the pre-contrast image",
         "whole heads measured .9 and more (ADR 5)",
     ),
@@ -203,7 +205,7 @@ LIMITS: dict[str, Limit] = {
     ),
     "outside_support": Limit(
         Gate.OUTPUT, "1", (0, 0), (0, 0),
-        "voxels with signal further than 12 mm outside the brain", "none may be",
+        f"voxels with signal further than {SUPPORT_MM:g} mm outside the brain", "none may be",
     ),
     "bound_use": Limit(
         Gate.OUTPUT, "1", *_most(1.0, 2.0),
@@ -212,7 +214,7 @@ LIMITS: dict[str, Limit] = {
     ),
     "enhancing_fraction": Limit(
         Gate.OUTPUT, "1", *_most(0.20, 0.50),
-        "share of the brain predicted to enhance by more than 0.1",
+        f"share of the brain predicted to enhance by more than {ENHANCING:g}",
         "chosen: more is no picture of a brain",
     ),
 }  # fmt: skip
@@ -290,7 +292,7 @@ def judge_signal(signal: Array, prepared: Prepared, conditions: Conditions) -> t
             "not_finite": float((~(signal >= 0) | ~np.isfinite(signal)).sum()),
             "outside_support": float(((signal != 0) & (prepared.support == 0)).sum()),
             "bound_use": float((signal / bound)[inner].max()),
-            "enhancing_fraction": float((signal[prepared.brain] > 0.1).mean()),
+            "enhancing_fraction": float((signal[prepared.brain] > ENHANCING).mean()),
         }
     )
 
@@ -332,8 +334,7 @@ def _likeness(prepared: Prepared) -> tuple[float, float]:
     pre = ndimage.gaussian_filter(prepared.pre.voxels, sigmas)
     quiet = prepared.brain & (difference < np.quantile(difference[prepared.brain], 0.9))
     one, rest = pre[quiet], difference[quiet]
-    spread = 1.4826 * float(np.median(np.abs(rest - np.median(rest))))
-    left = max(spread**2 - prepared.comparison.sigma**2 * _noise_kept(sigmas), 0.0) ** 0.5
+    left = max(robust_std(rest) ** 2 - prepared.comparison.sigma**2 * _noise_kept(sigmas), 0.0) ** 0.5
     return float(np.corrcoef(one, one + rest)[0, 1]), left / max(float(one.std()), 1e-6)
 
 
@@ -355,5 +356,5 @@ def _darkening(prepared: Prepared) -> float:
     """Whether contrast came with the low-dose image: vessels and always-enhancing tissue brighten, never darken."""
     smooth = ndimage.gaussian_filter(prepared.comparison.subtraction, [1.0 / s for s in prepared.pre.spacing_mm[::-1]])
     inside = smooth[prepared.brain]
-    limit = 5 * 1.4826 * float(np.median(np.abs(inside - np.median(inside))))
+    limit = 5 * robust_std(inside)
     return float((inside < -limit).mean() - (inside > limit).mean())

@@ -7,7 +7,7 @@ on whether a volume was tiled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +19,9 @@ from scipy import ndimage
 
 from models.card import Card, ModelError, read_card
 from models.condition import HEADROOM, UNKNOWN_DOSE_FRACTION, Conditions, vector
-from models.preprocess import Prepared, smoothings
+from models.noise import smoothings
+from models.preprocess import FractionDone, Prepared
+from models.statistics import robust_std
 from models.volume import Array, Mask
 
 LINEAR_SIGMA_MM = 0.8
@@ -39,7 +41,6 @@ PROVIDERS: dict[str, dict[str, str]] = {  # in the order in which they are tried
     CUDA: {"use_tf32": "0"},  # TF32 keeps ten bits of a product, and the result would depend on the card
     "CPUExecutionProvider": {},
 }
-Progress = Callable[[float], None]
 Box = tuple[slice, slice, slice]
 
 
@@ -78,7 +79,7 @@ class Engine(Protocol):
     def notice(self) -> str:
         """What must be said about the use of its results."""
 
-    def predict(self, prepared: Prepared, conditions: Conditions, progress: Progress = lambda _: None) -> Array:
+    def predict(self, prepared: Prepared, conditions: Conditions, progress: FractionDone = lambda _: None) -> Array:
         """Contrast signal of the standard dose on the working grid, (k, j, i), white matter = 1."""
 
 
@@ -93,7 +94,7 @@ class LinearEngine:
     provider: str = "NumPy"
     notice: str = "research use, not a medical device"
 
-    def predict(self, prepared: Prepared, conditions: Conditions, progress: Progress = lambda _: None) -> Array:
+    def predict(self, prepared: Prepared, conditions: Conditions, progress: FractionDone = lambda _: None) -> Array:
         """See `Engine`.
 
         Raises:
@@ -110,9 +111,7 @@ class LinearEngine:
 def linear(subtraction: Array, brain: Mask, spacing_mm: tuple[float, float, float], dose_fraction: float) -> Array:
     """Smoothed, gated linear amplification; arrays (k, j, i), spacing along i, j, k."""
     smooth = ndimage.gaussian_filter(subtraction, [LINEAR_SIGMA_MM / s for s in spacing_mm[::-1]])
-    inside = smooth[brain]
-    sigma = 1.4826 * float(np.median(np.abs(inside - np.median(inside))))
-    return np.where(smooth > LINEAR_GATE * sigma, smooth / dose_fraction, 0).astype(np.float32)
+    return np.where(smooth > LINEAR_GATE * robust_std(smooth[brain]), smooth / dose_fraction, 0).astype(np.float32)
 
 
 class NetworkEngine:
@@ -187,7 +186,7 @@ class NetworkEngine:
         """The execution provider of ONNX Runtime in use."""
         return str(self._session.get_providers()[0])
 
-    def predict(self, prepared: Prepared, conditions: Conditions, progress: Progress = lambda _: None) -> Array:
+    def predict(self, prepared: Prepared, conditions: Conditions, progress: FractionDone = lambda _: None) -> Array:
         """See `Engine`.
 
         Raises:
@@ -200,7 +199,7 @@ class NetworkEngine:
             raise OutputError("the signal exceeds the bound that the measured uptake sets")
         return _guard(signal * prepared.support)
 
-    def run(self, images: Array, condition: Array, progress: Progress = lambda _: None) -> Array:
+    def run(self, images: Array, condition: Array, progress: FractionDone = lambda _: None) -> Array:
         """The network alone: images (3, k, j, i) and condition vector to signal (k, j, i)."""
         shape = images.shape[1:]
         padded = self._padded(images)

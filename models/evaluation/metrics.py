@@ -16,14 +16,18 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from models.preprocess import high_pass_noise
+from models.noise import high_pass_noise
 from models.quality import refused
-from models.runtime import linear
-from models.simulation.phantom import draw_scenario, make_phantom
+from models.runtime import LINEAR_GATE, linear
+from models.simulation.phantom import make_phantom
 from models.simulation.samples import TEST_SEED, Sample, quiet_brain, sample_of
+from models.simulation.scenario import draw_scenario
+from models.statistics import ENHANCING, robust_std
 from models.volume import Array, Mask
 
-ENHANCING, FALSE, FAINT, WHITE = 0.1, 0.1, 0.02, 0.8  # of white matter
+FALSE = ENHANCING  # signal that counts as false enhancement in quiet brain
+FAINT = 0.02  # of white matter: a lesion whose mean truth is below is not counted, nor a voxel as enhancement
+WHITE = 0.8  # quiet brain that is brighter before contrast is about white matter
 JUDGED_DOSE = 0.33  # at which the quality gate takes or refuses a study
 LEVELS = FALSE * 1.1 ** np.arange(-13, 48)  # thresholds at which false components are counted, .03 to 9
 COMPONENT_MM = 2.0  # diameter of the ball whose volume a connected component must have to count
@@ -50,7 +54,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Range:
+class LesionRange:
     """Lesions by diameter (mm) and mean true enhancement, from the lower limits to below the upper ones."""
 
     smallest_mm: float = 0.0
@@ -63,7 +67,7 @@ class Range:
         return self.smallest_mm <= diameter_mm < self.largest_mm and self.weakest <= enhancement < self.strongest
 
 
-LARGE = Range(5)
+LARGE = LesionRange(5)
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class Found:
     false_counts: npt.NDArray[np.intp]  # false components above each of LEVELS, all studies
     studies: int
 
-    def among(self, limits: Range) -> list[Lesion]:
+    def among(self, limits: LesionRange) -> list[Lesion]:
         """The lesions of a range."""
         return [one for one in self.lesions if limits.holds(one.diameter_mm, one.enhancement)]
 
@@ -238,8 +242,8 @@ def non_local_means_method(sample: Sample) -> Array:
     subtraction = sample.images[0].astype(np.float32)
     sigma = float(np.median(sample.images[2].astype(np.float32)[sample.brain]))
     smooth = denoise_nl_means(subtraction, 3, 3, h=0.7 * sigma, sigma=sigma, fast_mode=True).astype(np.float32)
-    spread = 1.4826 * float(np.median(np.abs(smooth[sample.brain] - np.median(smooth[sample.brain]))))
-    return np.where(smooth > 2 * max(spread, 1e-6), smooth / sample.scenario.dose_fraction, 0).astype(np.float32)
+    spread = max(robust_std(smooth[sample.brain]), 1e-6)
+    return np.where(smooth > LINEAR_GATE * spread, smooth / sample.scenario.dose_fraction, 0).astype(np.float32)
 
 
 def apply(samples: Sequence[Sample], method: Method) -> Found:
@@ -288,7 +292,7 @@ def percent_enhancement(lesions: Sequence[Lesion]) -> Interval:
     return _ratio([one.study for one in lesions], tops, bottoms)
 
 
-def lesion_error_ratio(found: Found, reference: Found, limits: Range) -> Interval:
+def lesion_error_ratio(found: Found, reference: Found, limits: LesionRange) -> Interval:
     """Ratio of two methods' mean errors inside the same lesions."""
     tops, bottoms = found.among(limits), reference.among(limits)
     return _ratio([one.study for one in tops], [one.error for one in tops], [one.error for one in bottoms])
@@ -315,7 +319,7 @@ def _ratio(studies: Sequence[int], tops: Sequence[float], bottoms: Sequence[floa
     return float(sums[:, 0].sum() / sums[:, 1].sum()), float(low), float(high)
 
 
-def sensitivity(found: Found, threshold: float, limits: Range) -> Interval:
+def sensitivity(found: Found, threshold: float, limits: LesionRange) -> Interval:
     """Share of lesions of a range whose 0.9 quantile of signal exceeds the threshold."""
     return by_study(found.among(limits), lambda lesion: float(lesion.level > threshold))
 
@@ -329,7 +333,7 @@ def threshold_at(found: Found, false_per_study: float) -> float:
     return float(LEVELS[min(too_many[-1] + 1, len(LEVELS) - 1) if len(too_many) else 0])
 
 
-def ideal_sensitivity(samples: Sequence[Sample], limits: Range) -> float:
+def ideal_sensitivity(samples: Sequence[Sample], limits: LesionRange) -> float:
     """Share of lesions of a range that a matched filter, told shape and place, would find (d' of 5.5 or more).
 
     An estimate, no bound: d'^2 is the energy of the true enhancement times the dose fraction over the variance of the

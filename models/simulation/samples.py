@@ -19,9 +19,11 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from models.condition import NAMES, Conditions, vector
-from models.preprocess import SCALE_QUANTILE, compare
+from models.preprocess import compare
 from models.quality import Figure, judge_comparison, refused
-from models.simulation.phantom import Phantom, Scenario, make_phantom
+from models.simulation.phantom import Phantom, make_phantom
+from models.simulation.scenario import Scenario
+from models.statistics import SCALE_QUANTILE
 from models.volume import Array, Mask
 
 Half = npt.NDArray[np.float16]

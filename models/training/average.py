@@ -1,4 +1,4 @@
-"""One network from several runs: the mean of their averaged weights, where the runs began at one network.
+"""One network from several runs: the mean of their weights (each run's EMA), where the runs began at one network.
 
 Hides which runs may be averaged and what the card says of it. Must never average networks that were told other things,
 that learned from a site, or that have different dose responses. Runs from one start stay in one basin of the loss, and
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from models.training import checkpoint
 from models.training.network import RESPONSE
 
 APART = 0.5  # distance of two sets of weights over the length of the first; strangers have about 1.4
@@ -35,7 +36,7 @@ def average(checkpoints: Sequence[Path], out: Path) -> None:
         raise ValueError(f"{out} exists")
     if len({path.resolve() for path in checkpoints}) < max(2, len(checkpoints)):
         raise ValueError("an average needs at least two checkpoints, none of them twice")
-    runs = [torch.load(path, map_location="cpu", weights_only=True) for path in checkpoints]
+    runs = [checkpoint.read(path) for path in checkpoints]
     first, *others = runs
     for path, run in zip(checkpoints, runs, strict=True):
         if "site" in _data(run):
@@ -50,9 +51,9 @@ def average(checkpoints: Sequence[Path], out: Path) -> None:
         name: torch.stack([run["average"][name].float() for run in runs]).mean(dim=0) for name in first["average"]
     }
     learned, comma, earlier = _data(first).partition(",")
-    told = ", ".join(f"{run['step']} steps of seed {run['config']['seed']}" for run in others)
-    data = f"{learned}, weights averaged with those of {len(others)} more ({told}){comma}{earlier}"
-    torch.save({"config": first["config"] | {"data": data}, "step": first["step"], "average": weights}, out)
+    named = ", ".join(f"{run['step']} steps of seed {run['config']['seed']}" for run in others)
+    data = f"{learned}, weights averaged with those of {len(others)} more ({named}){comma}{earlier}"
+    checkpoint.write(out, {"config": first["config"] | {"data": data}, "step": first["step"], "average": weights})
 
 
 def _data(run: dict[str, Any]) -> str:

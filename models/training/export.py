@@ -20,6 +20,7 @@ import torch
 
 from models.card import RESEARCH_USE
 from models.condition import CONTRACT_VERSION, NAMES
+from models.training import checkpoint
 from models.training.network import STRICT_FROM, STRIDE, VARIANTS, Network
 from models.training.train import PRESETS
 from models.volume import Array
@@ -51,13 +52,13 @@ class ParityError(ValueError):
     """The exported network does not agree with the checkpoint."""
 
 
-def load_network(checkpoint: Path) -> tuple[Network, dict[str, object]]:
+def load_network(path: Path) -> tuple[Network, dict[str, object]]:
     """The averaged network of a checkpoint at its run's operating point, to evaluate, and the configuration of the run.
 
     Raises:
         ValueError: its weights are of another architecture.
     """
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    saved = checkpoint.read(path)
     config = {**saved["config"], "steps": saved["step"]}
     network = Network(VARIANTS[str(config["variant"])], conditioned=bool(config.get("conditioned", True)))
     network.take(saved["average"])
@@ -75,7 +76,7 @@ class _Written:
 
 
 def export(
-    checkpoint: Path,
+    trained: Path,
     folder: Path,
     *,
     model_id: str,
@@ -85,7 +86,7 @@ def export(
     """Write a model folder.
 
     Args:
-        checkpoint: of `models.training.train`.
+        trained: checkpoint of `models.training.train`.
         folder: created; existing files are replaced.
         model_id: name of the model.
         gate_offset: the operating point: what is taken from the logit of the gate, in full from STRICT_FROM of the
@@ -100,7 +101,7 @@ def export(
         ParityError: a difference exceeds its tolerance.
         ValueError: the offset is negative, or the checkpoint is of another architecture.
     """
-    network, config = load_network(checkpoint)
+    network, config = load_network(trained)
     if gate_offset is not None:
         network.gate_offset = gate_offset
     if network.gate_offset < 0:
@@ -263,11 +264,11 @@ def _preset(config: dict[str, object]) -> str:
     if name not in PRESETS:
         return name
     usual = asdict(PRESETS[name])
-    told = {"preset", "steps", "seed", "data", "start", "conditioned", "target"}
+    elsewhere = {"preset", "steps", "seed", "data", "start", "conditioned", "target"}
     other = [
         f"{field} {config[field]}"
         for field in usual
-        if field not in told and config.get(field, usual[field]) != usual[field]
+        if field not in elsewhere and config.get(field, usual[field]) != usual[field]
     ]
     return f"{name} with {', '.join(other)}" if other else name
 

@@ -15,9 +15,13 @@ from torch import Tensor
 
 from models.condition import NAMES, SEQUENCE_NAMES, TIMING_NAMES
 from models.simulation.samples import SPACING, Block
+from models.statistics import ENHANCING
 from models.volume import Array, Mask
 
-_DROP = 0.12  # chance that a header value is unknown in training
+_DROP = 0.12  # chance that a header value is unknown in training. Chosen, like the next three
+_ENHANCING_SHARE, _FROM = 0.5, ENHANCING / 2  # of patches, and the truth at which they are placed: weak ones, too
+_OFF_CENTRE = 8  # voxels, along each axis, that a patch lies off the place that was drawn
+_PLACES = 4096  # of a block that are kept to draw from
 _EFFECTIVE = ("log_effective_dose", "relaxivity", "agent_known")
 _REPETITION = ("log_repetition_time", "repetition_time_known")
 _INVERSION = ("log_inversion_time", "inversion_time_known")
@@ -43,7 +47,7 @@ class Held:
         self.layers = torch.from_numpy(np.stack(layers)).to(device)  # (6, k, j, i): images, truth, brain, quiet brain
         self.condition = block.condition
         self._brain = _places(block.brain)
-        self._enhancing = _places(block.truth > 0.05)
+        self._enhancing = _places(block.truth > _FROM)
 
     def patch(self, size: int, rng: np.random.Generator) -> tuple[Tensor, Array]:
         """A randomly placed, turned and flipped patch.
@@ -63,16 +67,16 @@ class Held:
         return turned, condition
 
     def _centre(self, rng: np.random.Generator) -> npt.NDArray[np.intp]:
-        """Half of the patches at enhancement, half anywhere in the brain."""
-        where = self._enhancing if rng.uniform() < 0.5 and len(self._enhancing) else self._brain
+        """A share of the patches at enhancement, the rest anywhere in the brain."""
+        where = self._enhancing if rng.uniform() < _ENHANCING_SHARE and len(self._enhancing) else self._brain
         place = np.unravel_index(where[rng.integers(len(where))], tuple(self.layers.shape[1:]))
-        return np.array(place) + rng.integers(-8, 9, 3)
+        return np.array(place) + rng.integers(-_OFF_CENTRE, _OFF_CENTRE + 1, 3)
 
 
 def _places(mask: Mask) -> npt.NDArray[np.intp]:
-    """Some thousand places in a mask, evenly drawn: a list of all of them is larger than the block."""
+    """Some thousand places in a mask, evenly spread: a list of all of them is larger than the block."""
     where = np.flatnonzero(mask)
-    return where[:: max(1, len(where) // 4096)]
+    return where[:: max(1, len(where) // _PLACES)]
 
 
 def draw_batch(held: Sequence[Held], count: int, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 Hides what such a voxel is made of: an enhancing tissue over others, in an acquisition that is drawn as for a study, by
 the same signal equations. A study takes seconds and shows the network one acquisition; here a second shows a thousand,
-and what a header says of saturation needs tens of thousands (ADR 21). Must never see a study of evaluation: no voxel
+and what a header says of saturation needs tens of thousands (ADR 15). Must never see a study of evaluation: no voxel
 here belongs to any study.
 """
 
@@ -19,30 +19,20 @@ import torch
 from torch import nn
 
 from models.condition import vector
-from models.preprocess import SCALE_QUANTILE
-from models.simulation.phantom import (
-    B1_RANGE,
-    BLOOD_MM,
-    CHOROID_MM,
-    DURA_MM,
-    LESION_MM,
-    PIA_MM,
-    RECEIVE_SPREAD,
-    TRANSMIT_MEAN,
-    TRANSMIT_SPREAD,
-    depart,
-    draw_flow,
-    draw_relaxivity,
-    draw_scenario,
-    draw_uptake,
-)
+from models.simulation.anatomy import BLOOD_MM, CHOROID_MM, DURA_MM, LESION_MM, PIA_MM
 from models.simulation.physics import draw_tissue, signal
-from models.training.network import Response, dose_fraction
+from models.simulation.scanner import B1_RANGE, RECEIVE_SPREAD, TRANSMIT_MEAN, TRANSMIT_SPREAD, depart
+from models.simulation.scenario import draw_flow, draw_relaxivity, draw_scenario, draw_uptake
+from models.statistics import SCALE_QUANTILE
+from models.training.network import DoseResponse, dose_fraction
 from models.training.patches import with_gaps
 from models.volume import Array
 
 VOXELS = 48  # of an acquisition
-BATCH, RATE = 512, 3e-3  # acquisitions of a step, and its highest rate
+BATCH, LEARNING_RATE = 512, 3e-3  # acquisitions of a step; the highest learning rate. Chosen, like the next five
+WARM_UP, WEIGHT_DECAY, LARGEST_GRADIENT = 100, 1e-4, 1.0  # steps over which the rate rises; of AdamW; norm of a step
+FILLED_SHARE = 0.3  # of voxels that the enhancing tissue fills; in the others it has any share from .05 on
+TEXTURE, UPTAKE_SPREAD = 0.025, 0.4  # relative deviations between voxels of one tissue, as in the simulator's heads
 PASSES = 50  # steps: as many as show every acquisition so many times
 FAINT = 0.02  # of white matter: what enhances less tells nothing
 _CHUNK = 500
@@ -85,10 +75,10 @@ def draw_voxels(seed: int, index: int) -> tuple[Array, Array]:
 
     b1, bias = fields(VOXELS)
     which = rng.choice(len(_ENHANCING), VOXELS, p=[*_ENHANCING.values()])
-    filled = np.where(rng.uniform(size=VOXELS) < 0.3, 1.0, rng.uniform(0.05, 1, VOXELS))
+    filled = np.where(rng.uniform(size=VOXELS) < FILLED_SHARE, 1.0, rng.uniform(0.05, 1, VOXELS))
     beside = rng.dirichlet([*_BESIDE.values()], VOXELS)
     rest = (1 - filled) * plain(beside, _BESIDE, b1)
-    texture = 1 + 0.025 * rng.standard_normal(VOXELS)
+    texture = 1 + TEXTURE * rng.standard_normal(VOXELS)
     concentration = _concentration(which, rng) * uptake
     ideal = {}
     for dose in (0.0, scenario.dose_fraction, 1.0):
@@ -110,13 +100,13 @@ def _concentration(which: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     for place, name in enumerate(_ENHANCING):
         if name in _UPTAKE_MM:
             level[which == place] = rng.uniform(*_UPTAKE_MM[name])
-    varied = level * np.clip(1 + 0.4 * rng.standard_normal(VOXELS), 0.1, 2.5)
+    varied = level * np.clip(1 + UPTAKE_SPREAD * rng.standard_normal(VOXELS), 0.1, 2.5)
     return np.where(which == [*_ENHANCING].index("blood"), level, varied)
 
 
 def learned(
     seed: int, acquisitions: int, *, told: bool = True, workers: int = 1, device: torch.device | None = None
-) -> tuple[Response, float]:
+) -> tuple[DoseResponse, float]:
     """A response learned from voxels of so many acquisitions, some of their headers with gaps.
 
     Args:
@@ -131,16 +121,16 @@ def learned(
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        response = Response().to(device)
+        response = DoseResponse().to(device)
     drawn, conditions = _drawn(seed, acquisitions, workers)
     voxels = torch.from_numpy(drawn).to(device)
     rng = np.random.default_rng([seed, acquisitions])  # the voxels have those before
-    optimizer = torch.optim.AdamW(response.parameters(), lr=RATE, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(response.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     steps = max(1, PASSES * acquisitions // BATCH)
     ratios = []
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1.0, (step + 1) / 100, 2 * (1 - step / steps))
+            group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARM_UP, 2 * (1 - step / steps))
         which = rng.integers(acquisitions, size=BATCH)
         header = torch.from_numpy(with_gaps(conditions[which], rng)).to(device) * float(told)
         subtraction, pre, truth = voxels[which][..., None, None].split(1, dim=1)
@@ -149,7 +139,7 @@ def learned(
         error = (weight * (response(proportional, pre, header) - truth).abs()).sum()
         optimizer.zero_grad(set_to_none=True)
         (error / weight.sum()).backward()
-        nn.utils.clip_grad_norm_(response.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(response.parameters(), LARGEST_GRADIENT)
         optimizer.step()
         ratios.append((error / (weight * (proportional - truth).abs()).sum()).detach())
     return response, float(torch.stack(ratios[-100:]).mean())

@@ -18,10 +18,12 @@ import numpy as np
 from scipy import ndimage
 
 from models.condition import Conditions, vector
-from models.preprocess import Comparison, Prepared, compare, local_statistics
+from models.noise import local_statistics
+from models.preprocess import Comparison, Prepared, compare
 from models.quality import judge_comparison, refused
 from models.simulation.phantom import make_phantom
 from models.simulation.samples import Block, quiet_brain, scaled, usable
+from models.statistics import robust_std
 from models.volume import Array, Mask
 
 SLOPE, EVEN_T = 2 * log(99) / 3, 2.5  # of the logit of p, and the t at which p = 0.5: p(1) = 0.01, p(4) = 0.99
@@ -157,8 +159,7 @@ def _plain_tissue(subtraction: Array, brain: Mask, spacing_mm: tuple[float, floa
     Six rounds from one limit for all: with that alone, noise of twice the average would be cut off at one standard
     deviation and read as 0.6 of what it is. Each round halves what is missing.
     """
-    inside = subtraction[brain]
-    sigma: Array | float = 1.4826 * float(np.median(np.abs(inside - np.median(inside)))) + 1e-6
+    sigma: Array | float = robust_std(subtraction[brain]) + 1e-6
     for _ in range(6):
         mean, sigma = local_statistics(subtraction, brain, spacing_mm, sigma)
     return mean, np.asarray(sigma)

@@ -1,7 +1,8 @@
 """Training: a fixed, seeded schedule over patches, simulated or a site's own, resumable at any checkpoint.
 
-Hides the optimiser, the schedule (constant, then a linear decay over the last fifth, so that a run can be extended)
-and the loss. Writes config.json, log.csv and checkpoint.pt beside each other. Must never look at an evaluation study.
+Hides the optimiser, the schedule of the learning rate (a warm-up, constant, then a linear decay over the last fifth, so
+that a run can be extended), the loss and the exponential moving average (EMA) of the weights, which is what a run is
+for. Writes config.json, log.csv and checkpoint.pt beside each other. Must never look at an evaluation study.
 """
 
 from __future__ import annotations
@@ -22,16 +23,32 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from models.card import STARTED
 from models.simulation.samples import TRAIN_SEED, VALIDATION_SEED, Block, make_sample, stream
+from models.statistics import ENHANCING
+from models.training import checkpoint
 from models.training.network import FULL_RESOLUTION, RESPONSE, STRIDE, VARIANTS, Network
 from models.training.patches import Held, draw_batch
 from models.training.response import learned
 from models.training.site import SiteData, cut, padded, simulated_block
 
-FALSE_FIRST, FALSE_WEIGHT = 10.0, 40.0  # weight of false enhancement: at first and in full
-COARSE_WEIGHT = 0.5  # of what the coarse levels say
+# Weights and scales of the loss: chosen, but where an ADR is named.
+FALSE_FIRST, FALSE_WEIGHT = 10.0, 40.0  # of false enhancement: at first, lest every gate shuts for good, and in full
+FALSE_FROM = 0.05  # of white matter: signal in quiet brain that is false; half of what counts as enhancing
+AUXILIARY_WEIGHT = 0.5  # of the auxiliary heads (ADR 15)
+BIAS_WEIGHT, BIAS_SIDE = 8.0, 4  # of the error over blocks of so many voxels a side
+EXCESS_WEIGHT = 0.1  # of what exceeds the bound, which takes its gradient away
+SLOPE_WEIGHT, SLOPE_DAMPING = 0.1, 20.0  # of the slope; the spread of a patch's enhancement below which it counts less
+CHARBONNIER = 0.02  # of white matter: smaller errors count as their squares, larger ones as their size
+ENHANCING_WEIGHT = 4.0  # of the error of an enhancing voxel, beside the 1 of any
+OUTSIDE_WEIGHT = 0.3  # of the error outside the brain: a third
+# The optimiser, chosen likewise.
+LARGEST_GRADIENT = 0.5  # norm to which the gradient of a step is cut
+WEIGHT_DECAY = 1e-4
+EMA_WARM_UP = 20  # steps: the decay after n of them is n / (n + 20), up to `Config.ema`, so that the start is forgotten
+DECAYING_SHARE, LEAST_RATE = 0.2, 0.01  # last share of the steps, over which the learning rate falls to this share
 RESPONSE_SEED = 1  # of the voxels whose dose response a run learns: the same for all runs, which can so be averaged
 LAST_SEED = 400  # a seed has a million phantoms from TRAIN_SEED times itself on, all before TEST_SEED
 VALIDATION_SIDE = 96  # voxels of the blocks in which a site's held-out study is judged
@@ -53,9 +70,9 @@ class Config:
     steps: int = 7000
     batch: int = 2
     patch: int = 40
-    rate: float = 1e-3
-    full_share: float = 1.0  # of the rate at full resolution; at 0 its weights stay, and only `coarse_loss` is learned
-    warm_up: int = 200  # steps over which the rate rises
+    learning_rate: float = 1e-3
+    full_share: float = 1.0  # of that at full resolution; at 0 its weights stay, and only `auxiliary_loss` is learned
+    warm_up: int = 200  # steps over which the learning rate rises
     loss_offset: float = 0.0  # gate offset for `loss` and `validate`, and for export unless another is chosen
     false_full_at: int = 3000  # steps over which the weight of false enhancement rises; in full at once if 0
     acquisitions: int = 60_000  # of whose voxels the dose response is learned, unless the start of a run has it
@@ -63,7 +80,7 @@ class Config:
     keep: int = 200  # simulated blocks held at a time
     refresh: int = 24  # steps between two new blocks
     validation: int = 8
-    ema: float = 0.998
+    ema: float = 0.998  # decay of the exponential moving average of the weights, in a step
     seed: int = 1
     mixed: bool = True  # bfloat16 convolutions: twice as fast on a GPU or a CPU that has them, slower on others
     data: str = "simulated"  # what the network learned from, for its card; written by `train`
@@ -78,7 +95,7 @@ PRESETS = {
         steps=900,
         batch=3,
         patch=64,
-        rate=5e-4,
+        learning_rate=5e-4,
         full_share=0.6,
         warm_up=30,
         loss_offset=4.0,
@@ -98,7 +115,7 @@ PRESETS = {
 @dataclass
 class _Run:
     network: Network
-    average: Network
+    average: Network  # with the exponential moving average of its weights
     optimizer: torch.optim.Optimizer
     device: torch.device
     step: int = 0
@@ -207,7 +224,7 @@ def _stated(config: Config, source: SiteData | None, start: Path | None) -> Conf
         data += f", target: the standard dose as acquired{', masked' if config.target == 'masked' else ''}"
     if not config.conditioned:
         data += ", nothing of the acquisition told"
-    saved = torch.load(start, map_location="cpu", weights_only=True) if start else None
+    saved = checkpoint.read(start) if start else None
     if (source or saved) and not _answered(config, saved):  # what "simulated" stands for tells it by itself
         data += ", given a dose response by the signal equations"
     if start and saved:
@@ -229,30 +246,18 @@ def _answered(config: Config, start: dict[str, Any] | None) -> bool:
 def _start(
     config: Config, out: Path, start: Path | None, workers: int = 1, report: Callable[[str], None] = print
 ) -> _Run:
+    """A run at its first step, or where its checkpoint left it."""
     torch.manual_seed(config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True  # all patches of a run are of one size
     network, average = (Network(VARIANTS[config.variant], conditioned=config.conditioned).to(device) for _ in range(2))
     network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     network.gate_offset = average.gate_offset = config.loss_offset
-    full = [weight for name, weight in network.named_parameters() if name.startswith(FULL_RESOLUTION)]
-    for weight in full:
-        weight.requires_grad_(config.full_share > 0)
-    apart = (*FULL_RESOLUTION, RESPONSE)
-    coarse = [weight for name, weight in network.named_parameters() if not name.startswith(apart)]
-    groups = [{"params": coarse, "share": 1.0}, {"params": full, "share": config.full_share}]
-    run = _Run(network, average, torch.optim.AdamW(groups, lr=config.rate, weight_decay=1e-4), device)
-    path = out / "checkpoint.pt"
-    if path.exists():
-        saved = torch.load(path, map_location=device, weights_only=True)
-        if replace(Config(**saved["config"]), steps=config.steps) != config:
-            raise ValueError("the checkpoint belongs to another configuration")
-        network.take(saved["network"])
-        average.take(saved["average"])
-        run.optimizer.load_state_dict(saved["optimizer"])
-        run.step = saved["step"]
+    run = _Run(network, average, _optimizer(network, config), device)
+    if (out / "checkpoint.pt").exists():
+        _resume(run, config, checkpoint.read(out / "checkpoint.pt", device))
     else:
-        saved = torch.load(start, map_location=device, weights_only=True) if start else None
+        saved = checkpoint.read(start, device) if start else None
         if saved:
             network.take(saved["average"])
         if not _answered(config, saved):
@@ -262,8 +267,29 @@ def _start(
             report(f"dose response: {ratio:.2f} of the error of proportion")
             network.response.load_state_dict(response.state_dict())
         average.load_state_dict(network.state_dict())
-    network.response.requires_grad_(False)  # studies show too few acquisitions to learn it from (ADR 21)
+    network.response.requires_grad_(False)  # studies show too few acquisitions to learn it from (ADR 15)
     return run
+
+
+def _optimizer(network: Network, config: Config) -> torch.optim.Optimizer:
+    """AdamW with two groups of weights: the coarse levels, and the full resolution with its share of the rate."""
+    full = [weight for name, weight in network.named_parameters() if name.startswith(FULL_RESOLUTION)]
+    for weight in full:
+        weight.requires_grad_(config.full_share > 0)
+    apart = (*FULL_RESOLUTION, RESPONSE)
+    coarse = [weight for name, weight in network.named_parameters() if not name.startswith(apart)]
+    groups = [{"params": coarse, "share": 1.0}, {"params": full, "share": config.full_share}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=WEIGHT_DECAY)
+
+
+def _resume(run: _Run, config: Config, saved: dict[str, Any]) -> None:
+    """Go on from a checkpoint of the same run."""
+    if replace(Config(**saved["config"]), steps=config.steps) != config:
+        raise ValueError("the checkpoint belongs to another configuration")
+    run.network.take(saved["network"])
+    run.average.take(saved["average"])
+    run.optimizer.load_state_dict(saved["optimizer"])
+    run.step = saved["step"]
 
 
 def _save(run: _Run, config: Config, out: Path, row: dict[str, float]) -> None:
@@ -274,8 +300,7 @@ def _save(run: _Run, config: Config, out: Path, row: dict[str, float]) -> None:
         "average": run.average.state_dict(),
         "optimizer": run.optimizer.state_dict(),
     }
-    torch.save(state, out / "checkpoint.tmp")
-    (out / "checkpoint.tmp").replace(out / "checkpoint.pt")
+    checkpoint.write(out / "checkpoint.pt", state)
     new = not (out / "log.csv").exists()
     with (out / "log.csv").open("a", newline="") as file:
         writer = csv.DictWriter(file, list(row))
@@ -290,10 +315,10 @@ def _step(run: _Run, config: Config, held: list[Held]) -> Tensor:
     layers, condition = draw_batch(held, config.batch, config.patch, rng)
     images, targets = layers[:, :3].contiguous(memory_format=torch.channels_last_3d), layers[:, 3:]
     for group in run.optimizer.param_groups:
-        group["lr"] = config.rate * group["share"] * _schedule(run.step, config)
+        group["lr"] = config.learning_rate * group["share"] * _schedule(run.step, config)
     with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=config.mixed):
         parts = run.network.parts(images, condition)
-    value = COARSE_WEIGHT * coarse_loss(parts.coarse, targets)
+    value = AUXILIARY_WEIGHT * auxiliary_loss(parts.auxiliary, targets)
     if config.full_share:
         signal, gate, offset_share, bound = (part.float() for part in parts[:4])
         risen = min(1.0, run.step / config.false_full_at) if config.false_full_at else 1.0
@@ -304,17 +329,18 @@ def _step(run: _Run, config: Config, held: list[Held]) -> Tensor:
         value = value + gate_loss(gate, *regions)
     run.optimizer.zero_grad(set_to_none=True)
     value.backward()
-    torch.nn.utils.clip_grad_norm_(run.network.parameters(), 0.5)
+    torch.nn.utils.clip_grad_norm_(run.network.parameters(), LARGEST_GRADIENT)
     run.optimizer.step()
     run.step += 1
-    decay = min(config.ema, run.step / (run.step + 20))
-    with torch.no_grad():
-        torch._foreach_lerp_(list(run.average.parameters()), list(run.network.parameters()), 1 - decay)
+    decay = min(config.ema, run.step / (run.step + EMA_WARM_UP))
+    get_ema_multi_avg_fn(decay)([*run.average.parameters()], [*run.network.parameters()], run.step)
     return value.detach()
 
 
 def _schedule(step: int, config: Config) -> float:
-    return min(1.0, (step + 1) / config.warm_up, max(0.01, (config.steps - step) / (0.2 * config.steps)))
+    """Share of the learning rate at a step."""
+    left = (config.steps - step) / (DECAYING_SHARE * config.steps)
+    return min(1.0, (step + 1) / config.warm_up, max(LEAST_RATE, left))
 
 
 def loss(
@@ -323,10 +349,10 @@ def loss(
     """Charbonnier error of the bounded signal, heavier where it enhances, plus four terms against known failures.
 
     Errors are divided by sqrt(1 + truth), so that vessels do not drown weak lesions; outside the brain they count a
-    third. Added are: the error over enhancing voxels averaged over 4x4x4 blocks before its size is taken (noise
-    averages out there, a systematic loss of signal does not); how far each patch's slope of prediction on truth is
-    from 1 (the smallest mean error shrinks what is uncertain); signal above 0.05 in quiet brain (false enhancement);
-    and what exceeds the bound.
+    third. Added are: the error over enhancing voxels averaged over blocks of `BIAS_SIDE` before its size is taken
+    (noise averages out there, a systematic loss of signal does not); how far each patch's slope of prediction on truth
+    is from 1 (the smallest mean error shrinks what is uncertain); signal above `FALSE_FROM` in quiet brain (false
+    enhancement); and what exceeds the bound.
 
     Args:
         raw: prediction before the bound.
@@ -337,22 +363,25 @@ def loss(
         false_weight: of false enhancement; in full from the start it closes every gate for good.
     """
     y = torch.minimum(raw, bound)
-    bias = functional.avg_pool3d(_scaled(y - truth, truth) * _enhancing(truth), 4).abs()
-    false = quiet * functional.relu(y - 0.05)
+    bias = functional.avg_pool3d(_scaled(y - truth, truth) * _enhancing(truth), BIAS_SIDE).abs()
+    false = quiet * functional.relu(y - FALSE_FROM)
     excess = _scaled(functional.relu(raw - bound), truth)
     slope = _slope_error(y, truth, brain * _enhancing(truth))
     return (
         _weighted_error(y, truth, brain)
-        + torch.mean(false_weight * false + 0.1 * excess)
-        + 8 * torch.mean(bias)
-        + 0.1 * slope
+        + torch.mean(false_weight * false + EXCESS_WEIGHT * excess)
+        + BIAS_WEIGHT * torch.mean(bias)
+        + SLOPE_WEIGHT * slope
     )
 
 
 def _weighted_error(y: Tensor, truth: Tensor, brain: Tensor) -> Tensor:
-    """Mean Charbonnier error over sqrt(1 + truth), heavier where it enhances, a third outside the brain."""
-    weight = (1 + 4 * _enhancing(truth)) * (0.3 + 0.7 * brain)
-    return torch.mean(weight * (torch.sqrt(_scaled(y - truth, truth) ** 2 + 4e-4) - 0.02))
+    """Mean of w (sqrt(e^2 + C^2) - C), the Charbonnier error, of e = (y - truth) / sqrt(1 + truth).
+
+    The weight w is heavier where it enhances, and a third outside the brain.
+    """
+    weight = (1 + ENHANCING_WEIGHT * _enhancing(truth)) * (OUTSIDE_WEIGHT + (1 - OUTSIDE_WEIGHT) * brain)
+    return torch.mean(weight * (torch.sqrt(_scaled(y - truth, truth) ** 2 + CHARBONNIER**2) - CHARBONNIER))
 
 
 def _scaled(difference: Tensor, truth: Tensor) -> Tensor:
@@ -360,21 +389,22 @@ def _scaled(difference: Tensor, truth: Tensor) -> Tensor:
 
 
 def _enhancing(truth: Tensor) -> Tensor:
-    """How much a voxel counts as enhancing; from 0.1 on in full."""
-    return torch.clamp(truth / 0.1, 0, 1)
+    """How much a voxel counts as enhancing; from ENHANCING on in full."""
+    return torch.clamp(truth / ENHANCING, 0, 1)
 
 
-def coarse_loss(told: Sequence[Tensor], targets: Tensor) -> Tensor:
-    """Error and cross-entropy of what the coarse levels say themselves, against targets averaged to their resolution.
+def auxiliary_loss(auxiliary: Sequence[Tensor], targets: Tensor) -> Tensor:
+    """Deep supervision: error and cross-entropy of the auxiliary heads, against targets averaged to their resolution.
 
-    Where their gradient came through the full resolution alone, they faded or died before they were of use (ADR 16).
+    Where the gradient of the coarse levels came through the full resolution alone, they faded or died before they were
+    of use (ADR 15).
 
     Args:
-        told: (n, 2, ...) at half and quarter resolution: signal, and logit of the chance that there is.
+        auxiliary: (n, 2, ...) at half and quarter resolution: signal, and logit of the chance that there is.
         targets: (n, 3, k, j, i): truth, brain and quiet brain, as in `loss`.
     """
     total = targets.new_zeros(())
-    for fewer, said in zip((2, 4), told, strict=True):
+    for fewer, said in zip((2, 4), auxiliary, strict=True):
         truth, brain, quiet = functional.avg_pool3d(targets, fewer).split(1, dim=1)
         signal, logit = said.float().split(1, dim=1)
         total = total + _weighted_error(signal, truth, brain) + gate_loss(logit, truth, brain, quiet)
@@ -388,7 +418,7 @@ def gate_loss(gate: Tensor, truth: Tensor, brain: Tensor, quiet: Tensor) -> Tens
 
     Args:
         gate: logit of the chance that a voxel enhances.
-        truth: contrast enhancement of the standard dose; from 0.1 on a voxel counts in full.
+        truth: contrast enhancement of the standard dose; from ENHANCING on a voxel counts in full.
         brain: 1 inside the brain.
         quiet: 1 in brain where no signal belongs; what is neither does not count; all (n, 1, k, j, i).
     """
@@ -396,17 +426,20 @@ def gate_loss(gate: Tensor, truth: Tensor, brain: Tensor, quiet: Tensor) -> Tens
 
 
 def _slope_error(y: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
-    """Mean over patches of |slope - 1|, damped where a patch holds little or uniform enhancement."""
+    """Mean over patches of |slope - 1| of the regression of y on truth: |cov(truth, y - truth)| / var(truth).
+
+    Damped by `SLOPE_DAMPING` where a patch holds little or uniform enhancement.
+    """
     over = (1, 2, 3, 4)
     total = weight.sum(over, keepdim=True) + 1e-3
     centred = (truth - (weight * truth).sum(over, keepdim=True) / total) * weight
     spread = (centred**2).sum(over)
-    return torch.mean((centred * (y - truth)).sum(over).abs() / (spread + 20.0))
+    return torch.mean((centred * (y - truth)).sum(over).abs() / (spread + SLOPE_DAMPING))
 
 
 @torch.no_grad()
 def validate(network: Network, samples: list[Block]) -> dict[str, float]:
-    """Mean over validation blocks: CE error and slope in enhancing brain, voxels above 0.1 per mL of quiet brain.
+    """Mean over validation blocks: CE error and slope in enhancing brain, voxels that enhance per mL of quiet brain.
 
     NaN where no block holds both.
     """
@@ -416,12 +449,12 @@ def validate(network: Network, samples: list[Block]) -> dict[str, float]:
         images = torch.from_numpy(sample.images.astype(np.float32))[None].to(device)
         y = network(images, torch.from_numpy(sample.condition)[None].to(device))[0, 0].cpu().numpy()
         truth = sample.truth.astype(np.float32)
-        enhancing = sample.brain & (truth > 0.1)
+        enhancing = sample.brain & (truth > ENHANCING)
         if enhancing.sum() < 50 or not sample.quiet.any():
             continue
         slope = np.polyfit(truth[enhancing], y[enhancing], 1)[0]
         quiet_ml = sample.quiet.sum() * np.prod(sample.spacing_mm) / 1000
-        rows.append((np.abs(y - truth)[enhancing].mean(), slope, (y[sample.quiet] > 0.1).sum() / quiet_ml))
+        rows.append((np.abs(y - truth)[enhancing].mean(), slope, (y[sample.quiet] > ENHANCING).sum() / quiet_ml))
     names = ("ce_error", "slope", "false_per_ml")
     means = np.mean(rows, axis=0) if rows else np.full(len(names), np.nan)
     return dict(zip(names, map(float, means), strict=True))

@@ -8,8 +8,9 @@ import numpy as np
 
 from models.agents import BY_NAME
 from models.preprocess import Prepared, prepare
-from models.simulation.phantom import Phantom, Scenario, make_phantom
+from models.simulation.phantom import Phantom, make_phantom
 from models.simulation.physics import Sequence
+from models.simulation.scenario import Scenario
 from models.volume import Array, Volume
 
 MPRAGE = Sequence("MPRAGE", 1.9, 0.0025, 9.0, 0.9, 0.008, 176)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from models.condition import NAMES, TIMING_NAMES, TRAINED_TIMING, Conditions, vector
-from models.simulation.phantom import draw_scenario
+from models.simulation.scenario import draw_scenario
 
 EFFECTIVE = ("log_effective_dose", "relaxivity", "agent_known")
 

@@ -16,13 +16,13 @@ from scipy import ndimage
 
 from models.card import DEFAULT_MODEL, ZOO, ModelError, read_card
 from models.condition import DOSE_INDEX, HEADROOM, NAMES, UNKNOWN_DOSE_FRACTION, Conditions, vector
+from models.preprocess import FractionDone
 from models.quality import Verdict, judge_conditions
 from models.runtime import (
     CUDA,
     LinearEngine,
     NetworkEngine,
     OutputError,
-    Progress,
     UnknownDoseError,
     at_dose,
     choose_precision,
@@ -138,7 +138,7 @@ def test_a_network_without_the_bound_is_caught() -> None:
     class Unbounded(NetworkEngine):
         """As a site might bring it: paints everywhere."""
 
-        def run(self, images: Array, condition: Array, progress: Progress = lambda _: None) -> Array:
+        def run(self, images: Array, condition: Array, progress: FractionDone = lambda _: None) -> Array:
             return np.full(images.shape[1:], 0.5, np.float32)
 
     assert NetworkEngine(MODEL).predict(prepared, conditions()).max() > 0  # the bundled one passes the same check

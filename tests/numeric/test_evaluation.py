@@ -23,7 +23,7 @@ from models.evaluation.metrics import (
     LEVELS,
     Found,
     Lesion,
-    Range,
+    LesionRange,
     _components,
     held_out,
     lesion_error_ratio,
@@ -101,7 +101,7 @@ def test_every_lesion_is_counted_once_by_diameter_and_once_by_enhancement(evalua
 def test_a_range_of_lesions_holds_its_lower_limits_and_not_its_upper_ones(
     diameter_mm: float, enhancement: float, holds: bool
 ) -> None:
-    assert Range(3, 5, 0.2, 0.4).holds(diameter_mm, enhancement) is holds
+    assert LesionRange(3, 5, 0.2, 0.4).holds(diameter_mm, enhancement) is holds
 
 
 def test_rescans_without_contrast_are_said_to_be_of_a_third_and_of_a_tenth(evaluated: Path) -> None:
@@ -259,8 +259,8 @@ def test_methods_are_compared_lesion_by_lesion_with_whole_studies_resampled() ->
     two = of(lesion(0, level=0.5, error=0.2), lesion(0, level=0.5, error=0.2), lesion(2, level=0.3, error=0.8))
     assert sensitivity_difference(one, 0.1, two, 0.1) == pytest.approx((-1 / 3, -1 / 2, 0))
     assert sensitivity_difference(one, 0.1, two, 0.4)[0] == pytest.approx(0)
-    assert lesion_error_ratio(one, two, Range()) == pytest.approx((0.5, 0.25, 1.0))
-    nothing = lesion_error_ratio(of(), of(), Range())
+    assert lesion_error_ratio(one, two, LesionRange()) == pytest.approx((0.5, 0.25, 1.0))
+    nothing = lesion_error_ratio(of(), of(), LesionRange())
     assert np.isnan(nothing).all()
 
 

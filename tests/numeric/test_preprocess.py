@@ -10,7 +10,8 @@ import SimpleITK as sitk
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from models.preprocess import RegistrationError, compare, prepare, symmetric_gain
+from models.preprocess import compare, prepare
+from models.registration import RegistrationError, symmetric_gain
 from models.volume import Array, Volume
 from tests.numeric.phantoms import as_volume, head, prepared_head
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.condition import DOSE_INDEX, DOSE_KNOWN_INDEX, HEADROOM, NAMES
 from models.training.export import load_network
-from models.training.network import Response, dose_fraction
+from models.training.network import DoseResponse, dose_fraction
 from models.training.patches import GAPS
 from models.training.response import VOXELS, _drawn, draw_voxels, learned
 
@@ -20,12 +20,12 @@ LEARNED, FEW = 2000, 200  # acquisitions
 
 
 @pytest.fixture(scope="module")
-def response() -> Response:
+def response() -> DoseResponse:
     return learned(1, LEARNED)[0]
 
 
 @pytest.fixture(scope="module")
-def shipped() -> Response:
+def shipped() -> DoseResponse:
     with as_file(files("models.training") / "start" / "small-tune.pt") as path:
         return load_network(path)[0].response
 
@@ -37,7 +37,7 @@ def voxels(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return subtraction / dose_fraction(condition)[:, None, None, None, None], pre, truth, condition
 
 
-def errors(response: Response, header: Callable[[Tensor], Tensor] = lambda known: known) -> tuple[float, float]:
+def errors(response: DoseResponse, header: Callable[[Tensor], Tensor] = lambda known: known) -> tuple[float, float]:
     """Mean error where the standard dose enhances, of the response and of proportion, on voxels of another seed."""
     proportional, pre, truth, known = voxels(2, FEW)
     told = header(known)
@@ -50,18 +50,18 @@ def errors(response: Response, header: Callable[[Tensor], Tensor] = lambda known
 
 def test_an_unlearned_response_is_proportion() -> None:
     proportional, pre, _, condition = voxels(3, 4)
-    assert torch.equal(Response()(proportional, pre, condition), proportional)
+    assert torch.equal(DoseResponse()(proportional, pre, condition), proportional)
 
 
 def test_a_response_is_nearer_the_standard_dose_than_proportion_in_acquisitions_it_has_not_seen(
-    response: Response, shipped: Response
+    response: DoseResponse, shipped: DoseResponse
 ) -> None:
     for one in (response, shipped):
         told, proportional = errors(one)
         assert told < 0.8 * proportional
 
 
-def test_what_a_header_tells_is_what_the_response_goes_by(response: Response) -> None:
+def test_what_a_header_tells_is_what_the_response_goes_by(response: DoseResponse) -> None:
     told, _ = errors(response)
     dose = slice(DOSE_INDEX, DOSE_KNOWN_INDEX + 1)
 
@@ -73,7 +73,7 @@ def test_what_a_header_tells_is_what_the_response_goes_by(response: Response) ->
     assert errors(response, others)[0] > 1.1 * told
 
 
-def test_where_nothing_is_told_it_still_errs_less_than_proportion(response: Response) -> None:
+def test_where_nothing_is_told_it_still_errs_less_than_proportion(response: DoseResponse) -> None:
     told, proportional = errors(learned(1, LEARNED, told=False)[0], torch.zeros_like)
     assert told < 0.9 * proportional
     assert errors(response, torch.zeros_like)[0] != told  # a network without conditions has its own
@@ -81,7 +81,7 @@ def test_where_nothing_is_told_it_still_errs_less_than_proportion(response: Resp
 
 @pytest.mark.parametrize("gap", [*GAPS, []], ids=str)
 def test_more_signal_never_means_less_of_it_nor_more_than_the_bound_leaves_room_for(
-    shipped: Response, gap: list[int]
+    shipped: DoseResponse, gap: list[int]
 ) -> None:
     *_, condition = voxels(2, FEW)
     condition[:, gap] = 0

@@ -12,20 +12,19 @@ from scipy import fft, ndimage
 from models.agents import AGENTS, BY_NAME, Agent, find_agent
 from models.condition import TRAINED, Conditions
 from models.preprocess import compare
-from models.simulation.phantom import (
+from models.simulation.anatomy import _atlas_points, _tissues
+from models.simulation.phantom import make_phantom
+from models.simulation.physics import TISSUES, Sequence, Tissue, draw_tissue, signal, smooth_field
+from models.simulation.scanner import (
     B1_RANGE,
     PSF_VOXELS,
-    _atlas_points,
     _defaced,
     _received,
     _spectral_window,
     _tissue_signal,
-    _tissues,
     depart,
-    draw_scenario,
-    make_phantom,
 )
-from models.simulation.physics import TISSUES, Sequence, Tissue, draw_tissue, signal, smooth_field
+from models.simulation.scenario import draw_scenario
 from models.volume import Array, Mask
 from tests.numeric.phantoms import MPRAGE, head
 
@@ -121,7 +120,7 @@ def test_lesions_enhance_and_brain_tissue_without_vessels_lesions_or_meninges_do
     phantom = head(stripped=True)
     assert (phantom.enhancement[phantom.lesion_labels > 0] > 0.01).mean() > 0.9
     for name in ("_add_vessels", "_add_lesions", "_add_meninges"):
-        monkeypatch.setattr(f"models.simulation.phantom.{name}", lambda *_: None)
+        monkeypatch.setattr(f"models.simulation.anatomy.{name}", lambda *_: None)
     bare = make_phantom(3, shape=(48, 48, 48), scenario=phantom.scenario)
     assert bare.brain.any()
     assert np.abs(bare.enhancement).max() < 1e-6
@@ -342,7 +341,7 @@ def test_voxels_of_2_mm_are_taken_as_such_however_their_direction_cosines_are_ro
 def test_enhancement_in_sulci_and_at_the_border_is_not_taken_for_motion(
     stripped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("models.simulation.phantom._misalign", lambda image, *_: image)
+    monkeypatch.setattr("models.simulation.scanner._misalign", lambda image, *_: image)
     scenario = replace(head(stripped=stripped).scenario, spacing_mm=(3.0, 3.0, 3.0), sigma=0.01, dose_fraction=1.0)
     read = []
     for seed in range(2, 8):
@@ -353,7 +352,7 @@ def test_enhancement_in_sulci_and_at_the_border_is_not_taken_for_motion(
 
 
 def test_noise_is_interpolated_without_moving_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("models.simulation.phantom._misalign", lambda image, *_: image)
+    monkeypatch.setattr("models.simulation.scanner._misalign", lambda image, *_: image)
     for seed in range(4):  # without noise, contrast and motion, only a smooth gain tells the images apart
         scenario = replace(draw_scenario(np.random.default_rng(seed)), sigma=1e-7, dose_fraction=1e-6, stripped=False)
         phantom = make_phantom(seed, shape=(48, 48, 48), scenario=scenario)

@@ -18,8 +18,9 @@ from pydicom import dcmread
 import lowgad
 from models.agents import BY_NAME
 from models.condition import NAMES
-from models.simulation.phantom import Scenario, make_phantom
+from models.simulation.phantom import make_phantom
 from models.simulation.samples import Block, make_sample, sample_of
+from models.simulation.scenario import Scenario
 from models.training.network import VARIANTS, Network
 from models.training.patches import Held
 from models.training.site import cut, enhancement_chance, hold_out, padded, simulated_block, target

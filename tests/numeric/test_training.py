@@ -26,7 +26,7 @@ from models.evaluation.ablation import condition_grid, embedding, variance_share
 from models.evaluation.metrics import JUDGED_DOSE, held_out, interval, score, usable_studies
 from models.quality import LIMITS, Figure
 from models.runtime import NetworkEngine, upper_bound
-from models.simulation import phantom
+from models.simulation import scanner
 from models.simulation.samples import (
     TEST_SEED,
     TRAIN_SEED,
@@ -39,8 +39,7 @@ from models.simulation.samples import (
 from models.training.average import average
 from models.training.curves import draw_curves
 from models.training.export import HALO, TOLERANCE, ParityError, export, load_network
-from models.training.network import CAP, FULL_RESOLUTION, RESPONSE, STRIDE, VARIANTS, ChannelNorm, Network
-from models.training.network import Block as NetworkBlock
+from models.training.network import CAP, FULL_RESOLUTION, RESPONSE, STRIDE, VARIANTS, Network, ResidualBlock, RMSNorm
 from models.training.patches import Held, draw_batch
 from models.training.response import learned
 from models.training.train import (
@@ -51,7 +50,7 @@ from models.training.train import (
     Config,
     _start,
     _step,
-    coarse_loss,
+    auxiliary_loss,
     gate_loss,
     loss,
     train,
@@ -163,12 +162,33 @@ def test_runs_that_do_not_fit_together_are_not_averaged(tmp_path: Path) -> None:
 def test_weights_of_another_architecture_are_refused_by_name(tmp_path: Path) -> None:
     path = random_checkpoint(tmp_path / "older.pt")
     saved = torch.load(path, weights_only=True)
-    del saved["average"]["enter.1.norm.gain"]  # as before coarse levels had a norm at their end
+    del saved["average"]["encoder.1.norm.gain"]  # as before coarse levels had a norm at their end
     torch.save(saved, path)
-    with pytest.raises(ValueError, match=r"another architecture.*1 do not fit, the first is enter\.1\.norm\.gain"):
+    with pytest.raises(ValueError, match=r"another architecture.*1 do not fit, the first is encoder\.1\.norm\.gain"):
         export(path, tmp_path / "model", model_id="older")
     with pytest.raises(ValueError, match="another architecture"):
         train(TINY, tmp_path / "run", report=lambda _: None, start=path)
+
+
+@pytest.mark.usefixtures("small_heads")
+def test_a_checkpoint_with_the_names_of_before_is_loaded_averaged_and_gone_on_with(tmp_path: Path) -> None:
+    path = train(replace(TINY, steps=1), tmp_path, report=lambda _: None)
+    saved = torch.load(path, weights_only=True)
+    before = {"encoder": "enter", "decoder": "leave", "auxiliary_heads": "told", "film": "modulate"}
+    older = {"config": {{"learning_rate": "rate"}.get(name, name): value for name, value in saved["config"].items()}}
+    for part in ("network", "average"):
+        older[part] = {
+            ".".join(before.get(word, word) for word in name.split(".")): weight for name, weight in saved[part].items()
+        }
+    assert {"told.0.bias", "enter.1.blocks.0.modulate.bias"} <= {*older["average"]}
+    torch.save(saved, tmp_path / "today.pt")
+    torch.save(saved | older, path)
+    average([path, tmp_path / "today.pt"], tmp_path / "mean.pt")
+    for one in (path, tmp_path / "mean.pt"):
+        weights = load_network(one)[0].state_dict()
+        assert all(torch.allclose(weights[name], weight) for name, weight in saved["average"].items())
+    train(TINY, tmp_path, report=lambda _: None)
+    assert load_network(path)[1]["steps"] == 2
 
 
 def test_a_coarse_block_adds_the_same_however_large_its_input_has_grown() -> None:
@@ -181,12 +201,12 @@ def test_a_coarse_block_adds_the_same_however_large_its_input_has_grown() -> Non
 
 
 def test_a_norm_gives_the_same_in_half_precision_up_to_sums_of_thousands() -> None:
-    norm, x = ChannelNorm(48), 1000 * torch.randn(1, 48, 4, 4, 4)
+    norm, x = RMSNorm(48), 1000 * torch.randn(1, 48, 4, 4, 4)
     assert torch.allclose(norm.half()(x.half()).float(), norm.float()(x), atol=0.01)
 
 
-def random_block(*, normed: bool) -> NetworkBlock:
-    block = NetworkBlock(16, 8, normed=normed).double()
+def random_block(*, normed: bool) -> ResidualBlock:
+    block = ResidualBlock(16, 8, normed=normed).double()
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -201,7 +221,7 @@ def test_the_coarse_levels_of_the_weights_to_start_from_tell_enhancement_and_are
     assert sample is not None
     seen = torch.from_numpy(sample.images.astype(np.float32))[None], torch.from_numpy(sample.condition)[None]
     parts = network.parts(*seen)
-    for fewer, said in zip((2, 4), parts.coarse, strict=True):
+    for fewer, said in zip((2, 4), parts.auxiliary, strict=True):
         regions = [sample.truth, sample.brain, sample.quiet]
         layers = torch.from_numpy(np.stack([region.astype(np.float32) for region in regions]))
         truth, brain, quiet = torch.nn.functional.avg_pool3d(layers, fewer)
@@ -230,7 +250,7 @@ def test_the_halo_of_tiles_covers_what_a_voxel_depends_on_in_whole_strides(varia
     network = Network(VARIANTS[variant]).double()
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            if "modulate" not in name and not name.startswith(RESPONSE):  # which sees one voxel
+            if "film" not in name and not name.startswith(RESPONSE):  # which sees one voxel
                 parameter.copy_(0.05 * torch.rand_like(parameter))  # positive: nothing cancels
     assert HALO[variant] - STRIDE < reach(network) <= HALO[variant]
     assert HALO[variant] % STRIDE == 0
@@ -376,7 +396,7 @@ def test_what_the_coarse_levels_are_asked_in_training_is_not_exported(both: Path
         graph = onnx.load(both / name).graph
         names = {one.name for one in graph.initializer} | {name for node in graph.node for name in node.output}
         assert any("up_1" in name for name in names)
-        assert not any("told" in name for name in names)
+        assert not any("auxiliary" in name for name in names)
 
 
 def test_exporting_again_without_half_precision_leaves_none_behind(tmp_path: Path) -> None:
@@ -503,7 +523,10 @@ def test_the_card_says_what_the_checkpoint_was_trained_on(
     ("config", "shown"),
     [
         (replace(PRESETS["smoke"], preset="smoke", steps=2, seed=5), "smoke"),
-        (replace(PRESETS["smoke"], preset="smoke", rate=2e-3, batch=4), "smoke with batch 4, rate 0.002"),
+        (
+            replace(PRESETS["smoke"], preset="smoke", learning_rate=2e-3, batch=4),
+            "smoke with batch 4, learning_rate 0.002",
+        ),
         (PRESETS["smoke"], "own"),
     ],
 )
@@ -606,12 +629,12 @@ def test_what_a_coarse_level_says_costs_nothing_only_where_it_is_the_truth() -> 
     targets[:, 0, :4], targets[:, 1], targets[:, 2, 4:] = 0.5, 1, 1  # one half enhances, the other is quiet
     truth = [torch.nn.functional.avg_pool3d(targets[:, :1], fewer) for fewer in (2, 4)]
     right = [torch.cat([signal, 40 * (signal - 0.25)], 1) for signal in truth]
-    assert coarse_loss(right, targets) < 1e-3
+    assert auxiliary_loss(right, targets) < 1e-3
     for level in (0, 1):
         for channel in (0, 1):
             wrong = [said.clone() for said in right]
             wrong[level][:, channel] *= -1
-            assert coarse_loss(wrong, targets) > 0.1
+            assert auxiliary_loss(wrong, targets) > 0.1
 
 
 @pytest.mark.usefixtures("small_heads")
@@ -622,7 +645,7 @@ def test_a_share_of_nothing_leaves_the_full_resolution_as_it_was(tmp_path: Path)
     before, after = (torch.load(path, weights_only=True)["average"] for path in (begun, tmp_path / "run/checkpoint.pt"))
     changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
     assert not {name for name in changed if name.startswith(FULL_RESOLUTION)}
-    assert {"down_1.weight", "enter.2.blocks.0.first.weight", "told.0.weight"} <= changed
+    assert {"down_1.weight", "encoder.2.blocks.0.first.weight", "auxiliary_heads.0.weight"} <= changed
 
 
 def test_a_gate_that_is_shut_over_a_lesion_still_learns_to_open() -> None:
@@ -749,7 +772,7 @@ def test_an_evaluation_counts_and_replaces_what_the_quality_gate_refuses(monkeyp
 
 def test_training_takes_no_pair_that_the_quality_gate_would_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     assert make_sample(3, shape=(40, 40, 40)) is not None
-    monkeypatch.setattr(phantom, "_misalign", lambda image, *_: ndimage.shift(image, (0, 2, 0), order=1))
+    monkeypatch.setattr(scanner, "_misalign", lambda image, *_: ndimage.shift(image, (0, 2, 0), order=1))
     assert make_sample(3, shape=(40, 40, 40)) is None
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from models.brain import NoBrainError
-from models.preprocess import RegistrationError
 from models.quality import Figure, Gate, refused
+from models.registration import RegistrationError
 from models.runtime import OutputError, UnknownDoseError
 from service.core.errors import Permanent, Reason
 

@@ -21,7 +21,8 @@ import pydicom
 from pydicom.uid import MRImageStorage
 from pynetdicom import evt
 
-from models.simulation.phantom import draw_scenario, make_phantom, with_choices
+from models.simulation.phantom import make_phantom
+from models.simulation.scenario import draw_scenario, with_choices
 from models.volume import Array
 from service.core.association import PLAIN_SYNTAXES, accepting_entity
 from service.core.dicom.status import SUCCESS

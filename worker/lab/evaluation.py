@@ -25,8 +25,8 @@ from models.evaluation.metrics import (
     LARGE,
     Found,
     Interval,
+    LesionRange,
     Method,
-    Range,
     Score,
     apply,
     by_study,
@@ -57,19 +57,19 @@ from worker.read.study import find_files
 
 DOSES = (0.10, 0.20, 0.25, JUDGED_DOSE, 0.50)
 FULL_DOSES = (0.10, JUDGED_DOSE)  # at which every baseline is measured
-DIAMETERS = {f"{low:g} to {high:g}": Range(low, high) for low, high in ((1.5, 3), (3, 5), (5, 8), (8, 50))}
+DIAMETERS = {f"{low:g} to {high:g}": LesionRange(low, high) for low, high in ((1.5, 3), (3, 5), (5, 8), (8, 50))}
 ENHANCEMENTS = {
-    "0.02 to 0.1": Range(strongest=0.1),
-    "0.1 to 0.2": Range(weakest=0.1, strongest=0.2),
-    "0.2 to 0.4": Range(weakest=0.2, strongest=0.4),
-    "0.4 and more": Range(weakest=0.4),
+    "0.02 to 0.1": LesionRange(strongest=0.1),
+    "0.1 to 0.2": LesionRange(weakest=0.1, strongest=0.2),
+    "0.2 to 0.4": LesionRange(weakest=0.2, strongest=0.4),
+    "0.4 and more": LesionRange(weakest=0.4),
 }
 FROC = {
-    "lesions found": Range(),
-    "found, below 5 mm": Range(largest_mm=5),
+    "lesions found": LesionRange(),
+    "found, below 5 mm": LesionRange(largest_mm=5),
     "found, 5 mm and more": LARGE,
-    "found, enhancement below 0.2": Range(strongest=0.2),
-    "found, 0.2 and more": Range(weakest=0.2),
+    "found, enhancement below 0.2": LesionRange(strongest=0.2),
+    "found, 0.2 and more": LesionRange(weakest=0.2),
 }
 RATES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # false components per study of the FROC
 OPERATING_RATE = 0.5
@@ -258,7 +258,7 @@ def _kinds(samples: Sequence[Sample], methods: Mapping[str, Found], standard: Fo
             }
 
 
-def _lesions(studied: _Studied, measure: str, ranges: Mapping[str, Range]) -> Iterator[Row]:
+def _lesions(studied: _Studied, measure: str, ranges: Mapping[str, LesionRange]) -> Iterator[Row]:
     """Lesions by diameter or enhancement: how much of them is recovered, how many are found; an ideal observer."""
     for dose in FULL_DOSES:
         linear = studied.results[dose]["linear engine"]
@@ -486,7 +486,7 @@ def _draw(out: Path, studied: _Studied, engine: NetworkEngine) -> None:
     figures.draw_examples(out / "examples.png", [_example(sample, engine) for sample in samples[JUDGED_DOSE][:5]])
 
 
-def _found_at(rate: float, found: Found, limits: Range) -> Interval:
+def _found_at(rate: float, found: Found, limits: LesionRange) -> Interval:
     """Share of the lesions of a range that are found at so many false components per study."""
     return sensitivity(found, threshold_at(found, rate), limits)
 

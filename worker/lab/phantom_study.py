@@ -16,7 +16,8 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
 
 from models.agents import Agent
-from models.simulation.phantom import Phantom, Scenario
+from models.simulation.phantom import Phantom
+from models.simulation.scenario import Scenario
 from models.volume import Array
 
 WHITE_MATTER_LEVEL = 900.0  # stored units
