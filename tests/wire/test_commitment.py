@@ -181,7 +181,7 @@ def test_a_report_on_the_association_of_the_request_is_taken(make_site: Callable
     assert {item.sop_class_uid for item in request.references} == {MR_IMAGE_STORAGE}
 
 
-def test_a_delivery_with_storage_commitment_asks_the_ledger_five_times_and_once_for_every_instance(
+def test_a_delivery_with_storage_commitment_asks_the_ledger_six_times_and_once_for_every_instance(
     make_site: Callable[..., Site],
 ) -> None:
     with running_archive(on_same_association=True) as archive:
@@ -200,6 +200,7 @@ def test_a_delivery_with_storage_commitment_asks_the_ledger_five_times_and_once_
         "commitments.claim": 1,
         "commitments.ask": 1,
         "commitments.answer": 1,
+        "deliveries.of_job": 1,
     }
 
 
@@ -394,6 +395,30 @@ def test_a_destination_reports_on_what_it_was_asked_alone(
     assert site.job(job_id).state is State.DELIVERED
     assert all(row.is_open for row in site.ledger.deliveries.of_job(job_id))
     assert "a report of what another destination was asked" in [record.getMessage() for record in caplog.records]
+
+
+def test_who_commits_itself_while_another_destination_is_waited_for_is_not_asked_again(
+    make_site: Callable[..., Site],
+) -> None:
+    with running_archive() as silent, running_archive() as late:
+        site = make_site(silent.port, commitment_timeout_seconds=HOUR)
+        [pacs] = site.settings.destinations
+        second = pacs.model_copy(update={"name": "second", "port": late.port})
+        site.settings = site.settings.model_copy(update={"destinations": (pacs, second)})
+        site.restart_worker()
+        job_id = site.new_job("pacs", "second")
+        site.worker.process(job_id)
+        site.worker.deliver(job_id)
+        site.clock.advance(HOUR)
+        site.restart_worker(destinations=(pacs.model_copy(update={"commitment_wait_seconds": 3}), second))
+        asking = threading.Thread(target=site.worker.deliver, args=(job_id,))
+        asking.start()
+        wait_until(lambda: len(silent.requests) == 2, what="the second request")
+        with listening(site) as (port, _):
+            assert call_with_report(port, late.report(late.requests[0])) == 0x0000
+        asking.join()
+    assert (len(silent.requests), len(late.requests)) == (2, 1)
+    assert site.job(job_id).detail.startswith("pacs: storage commitment of 4 instances asked for 2 times")
 
 
 def test_an_instance_that_is_kept_under_another_class_is_not_committed(make_site: Callable[..., Site]) -> None:

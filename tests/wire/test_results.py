@@ -18,7 +18,7 @@ from tests.peers import Orthanc, running_orthanc, running_scp
 from tests.spec.test_derived import paired, saved
 from tests.spec.test_results import ALL, findings_of
 from worker.compose.results import STORED_AS, compose
-from worker.deliver.sending import Verdict, send
+from worker.deliver.sending import Verdict, send, syntaxes_of
 
 PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 MODALITIES = {
@@ -59,7 +59,7 @@ def test_all_kinds_sent_by_c_store_are_found_and_read_back_equal(tmp_path: Path)
     results = files(tmp_path)
     with archive(tmp_path / "orthanc") as (orthanc, client):
         destination = Destination(name="pacs", host="127.0.0.1", port=orthanc.dicom_port, ae_title="ORTHANC")
-        answers = list(send(list(itertools.chain(*results.values())), destination))
+        answers = list(send(syntaxes_of(itertools.chain(*results.values())), destination))
         assert {answer.verdict for answer in answers} == {Verdict.SENT}
         check_held(client, results)
 
@@ -90,7 +90,7 @@ def test_a_destination_that_takes_images_alone_gets_them_and_refuses_the_rest(tm
     with running_scp() as scp:
         destination = Destination(name="pacs", host="127.0.0.1", port=scp.port, ae_title=scp.ae_title)
         answers = {
-            answer.path: answer.verdict for answer in send(list(itertools.chain(*results.values())), destination)
+            answer.path: answer.verdict for answer in send(syntaxes_of(itertools.chain(*results.values())), destination)
         }
     for name, found in results.items():
         images = STORED_AS[Kind(name)].name == "MR Image Storage"
