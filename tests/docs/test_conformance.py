@@ -15,7 +15,7 @@ from service.core.dicom.accepted import SOP_CLASSES, TRANSFER_SYNTAXES
 from service.core.job import Kind
 from service.core.settings import Settings
 from service.dicom import listener
-from tests.docs.blocks import replaced
+from tests.docs.test_readme import replaced
 from worker.compose.attributes import OBJECT_TABLE, PATIENT_AND_STUDY, render_table
 from worker.compose.results import STORED_AS
 from worker.deliver import sending as delivery

@@ -20,7 +20,6 @@ from service.core.queue import make_celery
 from service.core.settings import SITE_FILE_ONLY, Settings
 from service.core.spool import Spool
 from service.web.api import create_app
-from tests.docs.blocks import replaced
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -46,6 +45,12 @@ def shown(default: object) -> str:
     """A default as it is written in an environment variable."""
     several = default if isinstance(default, tuple) else (default,)
     return ", ".join(str(one.value if isinstance(one, Enum) else one) for one in several)
+
+
+def replaced(text: str, name: str, content: str) -> str:
+    """`text` with the block called `name` written anew."""
+    begin, end = rf"<!-- {name}: begin [^>]*-->\n", rf"<!-- {name}: end -->"
+    return re.sub(rf"({begin}).*?({end})", lambda m: m[1] + content + m[2], text, flags=re.DOTALL)
 
 
 def written(text: str) -> str:

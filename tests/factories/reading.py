@@ -13,13 +13,13 @@ from worker.choose.pairing import Pair, choose_pair
 from worker.read.study import Study, read_study
 
 
-def study_of(folder: Path, *series: Sequence[Dataset]) -> Study:
-    """These series, written into `folder` one file per instance and read again."""
+def study_of(folder: Path, *series: Sequence[Dataset], **options: Any) -> Study:
+    """These series, written into `folder` one file per instance and read again; `options` as for `read_study`."""
     paths = []
     for n, dataset in enumerate(dataset for datasets in series for dataset in datasets):
         paths.append(folder / f"{n:04}.dcm")
         paths[-1].write_bytes(encode(dataset))
-    return read_study(paths)
+    return read_study(paths, **options)
 
 
 def paired(folder: Path, **options: Any) -> Pair:
