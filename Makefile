@@ -33,10 +33,11 @@ check: setup-tests ## linters, types and the import contract
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# What talks to peers runs alone: it waits for them. One thread for each process: the processes share the cores.
+# One thread for each process: the processes share the cores. What talks to peers comes after, two tests at a time: each
+# has peers, ports and folders of its own, and waits for them while the other computes.
 test: peers check ## everything CI runs, with real peers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --ignore tests/wire --ignore tests/browser
-	$(BIN)/python -m pytest tests/wire tests/browser
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/wire tests/browser
 
 bench: setup ## wall time and memory of `lowgad run` on STUDY=<folder>
 	$(BIN)/python benchmarks/run_real.py $(STUDY)

@@ -7,6 +7,7 @@ from functools import lru_cache
 import numpy as np
 
 from models.agents import BY_NAME
+from models.condition import Conditions
 from models.preprocess import Prepared, prepare
 from models.simulation.phantom import Phantom, make_phantom
 from models.simulation.physics import Sequence
@@ -44,3 +45,8 @@ def prepared_head(*, stripped: bool) -> Prepared:
     """The pair of `head`, prepared once for all tests that only look at it."""
     phantom = head(stripped=stripped)
     return prepare(as_volume(phantom.pre), as_volume(phantom.low))
+
+
+def conditions(dose: float | None = 1 / 30, agent: str | None = "gadobutrol") -> Conditions:
+    """A usual acquisition: 3 T, MPRAGE, a third of the standard dose."""
+    return Conditions(3.0, agent, dose, "MPRAGE", 0.03, (0.35, 0.25, 0.15), (1.0, 1.0, 1.0))

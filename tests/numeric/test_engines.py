@@ -29,13 +29,9 @@ from models.runtime import (
     upper_bound,
 )
 from models.volume import Array
-from tests.numeric.phantoms import head, prepared_head
+from tests.numeric.phantoms import conditions, head, prepared_head
 
 MODEL = ZOO / DEFAULT_MODEL
-
-
-def conditions(dose: float | None = 1 / 30, agent: str | None = "gadobutrol") -> Conditions:
-    return Conditions(3.0, agent, dose, "MPRAGE", 0.03, (0.35, 0.25, 0.15), (1.0, 1.0, 1.0))
 
 
 @pytest.fixture(scope="module")

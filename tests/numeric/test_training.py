@@ -6,6 +6,7 @@ import csv
 import itertools
 from collections.abc import Generator
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from models.simulation.samples import (
     Sample,
     make_sample,
     quiet_brain,
+    stream,
 )
 from models.training.average import average
 from models.training.curves import draw_curves
@@ -61,10 +63,17 @@ from tests.lineage import told
 TINY = replace(PRESETS["smoke"], steps=2, full_share=0.5)
 
 
+def small_stream(first_seed: int, workers: int, *_: object) -> Generator[Block, None, None]:
+    """Small blocks, made in other processes as a run makes its large ones."""
+    return stream(first_seed, workers, partial(make_sample, shape=(32, 32, 32)))
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    train(TINY, folder, report=lambda _: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("models.training.train.stream", small_stream)
+        train(TINY, folder, report=lambda _: None)
     return folder
 
 
@@ -79,7 +88,8 @@ def small_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("models.training.train.stream", stream)
 
 
-def test_a_run_goes_on_from_its_checkpoint_and_keeps_its_log(run: Path) -> None:
+def test_a_run_goes_on_from_its_checkpoint_and_keeps_its_log(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.training.train.stream", small_stream)
     train(replace(TINY, steps=3), run, report=lambda _: None)
     with (run / "log.csv").open() as file:
         steps = [int(row["step"]) for row in csv.DictReader(file)]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import shutil
-import subprocess
 import zipfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -24,7 +22,10 @@ from models.condition import Conditions
 from models.runtime import Engine, LinearEngine
 from service.core.errors import Permanent, Reason
 from service.core.job import Kind
+from tests.dicom3tools import errors_of, inconsistencies, needs_dicom3tools
 from tests.factories import SyntheticPair, as_enhanced, as_stacks, encode, make_pair, uid, write_study
+from tests.factories.reading import paired
+from tests.factories.results import CONTEXT, saved
 from worker.choose.acquisition import read_acquisition
 from worker.choose.pairing import Pair, choose_pair
 from worker.compose.attributes import TABLE, Action
@@ -34,27 +35,6 @@ from worker.read.study import Series, read_study
 
 REAL_PAIR = Path(__file__).parents[2].parent / "shared" / "data" / "tcga-du-7294-lowdose33.zip"
 LINEAR = LinearEngine()
-CONTEXT = DerivationContext(
-    model_id="test-model",
-    model_version="7",
-    model_sha256="ab" * 32,
-    card_sha256="ef" * 32,
-    notice="research use, trained on simulated data, not a medical device",
-    config_hash="cd" * 32,
-    agent="gadobutrol",
-    administered_dose_mmol_per_kg=0.025,
-    simulated_dose_mmol_per_kg=0.1,
-    software_version="1.2.3",
-    now=datetime(2031, 5, 4, 3, 2, 1, tzinfo=UTC),
-)
-# dicom3tools of 2022 does not know Synthetic Data, which the standard has since 2023.
-KNOWN_ERROR = "Error - </(0008,001c)> - Attribute with an even group number is not a recognized standard attribute"
-
-needs_dicom3tools = pytest.mark.skipif(shutil.which("dciodvfy") is None, reason="dicom3tools is not installed")
-
-
-def paired(folder: Path, **options: Any) -> Pair:
-    return choose_pair(read_study(write_study(folder, **options)))
 
 
 def signal_for(series: Series, seed: int = 0) -> npt.NDArray[np.float32]:
@@ -69,28 +49,8 @@ def derived(pair: Pair, kind: Kind, context: DerivationContext = CONTEXT) -> lis
     return list(derive(kind, source, signal_for(source), other, context))
 
 
-def saved(folder: Path, instances: Sequence[Dataset]) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{n:04}.dcm" for n in range(len(instances))]
-    for path, instance in zip(paths, instances, strict=True):
-        instance.save_as(path, enforce_file_format=True)
-    return paths
-
-
 def errors(path: Path) -> list[str]:
     return errors_of(path, iod="MRImage")
-
-
-def errors_of(path: Path, iod: str = "") -> list[str]:
-    done = subprocess.run(["dciodvfy", "-new", str(path)], capture_output=True, text=True, check=False)
-    lines = (done.stdout + done.stderr).splitlines()
-    assert not iod or iod in lines
-    return [line for line in lines if line.startswith("Error") and line != KNOWN_ERROR]
-
-
-def inconsistencies(paths: Sequence[Path]) -> str:
-    done = subprocess.run(["dcentvfy", *map(str, paths)], capture_output=True, text=True, check=False)
-    return done.stdout + done.stderr
 
 
 def check(sources: Sequence[Path], pair: Pair, out: Path, *, every: int = 1) -> None:

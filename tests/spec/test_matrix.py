@@ -50,8 +50,7 @@ from tests.factories import (
     make_pair,
     uid,
 )
-from tests.numeric.phantoms import head, prepared_head
-from tests.numeric.test_engines import conditions
+from tests.numeric.phantoms import conditions, head, prepared_head
 from worker.choose.acquisition import Acquisition, check_acquisition, read_acquisition
 from worker.choose.pairing import Pair, choose_pair
 from worker.compose.context import DerivationContext, Outputs

@@ -11,18 +11,17 @@ from typing import Any
 import highdicom
 import numpy as np
 import pytest
-import SimpleITK as sitk
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 
-from models.pose import Pose
-from models.preprocess import Comparison, Prepared
 from models.quality import LIMITS
 from service.core.dicom.header import is_synthetic
 from service.core.errors import Permanent, Reason
 from service.core.job import Kind
+from tests.dicom3tools import errors_of, inconsistencies, needs_dicom3tools
 from tests.factories import as_enhanced, encode, make_pair, write_study
-from tests.spec.test_derived import CONTEXT, errors_of, inconsistencies, needs_dicom3tools, paired, saved
+from tests.factories.reading import paired
+from tests.factories.results import ALL, REPORT, findings_of, saved
 from worker.choose.acquisition import read_acquisition
 from worker.choose.pairing import Pair, choose_pair
 from worker.choose.refusal import refuse
@@ -32,46 +31,8 @@ from worker.compose.report import report_result
 from worker.compose.results import STORED_AS, Findings, compose
 from worker.read.study import read_study
 
-REPORT = {
-    "acquisition": {
-        "field_strength_t": {"value": 3.0, "source": "tag (0018,0087)"},
-        "agent": {"value": "gadobutrol", "source": "free text"},
-        "dose_mmol_per_kg": {"value": 0.025, "source": "2 mL of 1 mmol/mL in 80 kg"},
-        "weight_kg": {"value": None, "source": "unknown: missing"},
-    },
-    "quality": [
-        {"name": "pair_correlation", "value": 0.91, "unit": "1", "verdict": "pass", "reason": "likeness of the pair"},
-        {"name": "residual_motion", "value": 0.3, "unit": "mm", "verdict": "pass", "reason": "what was undone"},
-        {"name": "noise", "value": 0.2, "unit": "1", "verdict": "warn", "reason": "noise of the subtraction"},
-    ],
-    "series": {"witnesses": ["the agent stands in series 9"], "set_aside": ["series 1: localizer"]},
-}
-ALL = Outputs(kinds=tuple(Kind), watermark=False)
 # dicom3tools of 2022 has Accession Number in the series of images and in the study of reports; the values are equal.
 KNOWN_INCONSISTENCY = "Warning - Different information entities for attribute - Element=<AccessionNumber> "
-
-
-def findings_of(pair: Pair, signal: np.ndarray | None = None, **changes: Any) -> Findings:
-    """What a job finds whose working grid is the pre-contrast grid, and whose white matter has the value 500."""
-    volume = pair.pre.volume()
-    if signal is None:
-        signal = np.zeros(volume.voxels.shape, np.float32)
-        signal[2:6, 8:14, 6:12] = np.linspace(0.02, 1.4, 4 * 6 * 6, dtype=np.float32).reshape(4, 6, 6)
-    ones = np.ones(volume.voxels.shape, np.float32)
-    comparison = Comparison(ones, 1.0, ones, 0.01, ones, (0.35, 0.25, 0.15), np.zeros((3, *ones.shape), np.float32))
-    prepared = Prepared(
-        pre=volume.with_voxels(volume.voxels / 500),
-        brain=ones > 0,
-        pose=Pose(np.zeros(3), np.zeros(3), np.ones(3), misfit=0.2, correlation=0.9, structure=0.6),
-        support=ones,
-        comparison=comparison,
-        scale=500.0,
-        low_scale=500.0,
-        pre_to_low=sitk.Euler3DTransform(),
-        native_pre=volume,
-        native_low=pair.low.volume(),
-    )
-    return Findings(pair, prepared, signal, REPORT, dataclasses.replace(CONTEXT, **changes))
 
 
 def enhanced(folder: Path) -> tuple[list[Path], Pair]:

@@ -11,8 +11,8 @@ from pydicom.dataset import Dataset
 from service.core.dicom.header import other_body_part
 from service.core.dicom.series import HeaderSummary, find_pair
 from service.core.errors import Permanent, Reason
-from tests.factories import SyntheticPair, as_enhanced, make_pair, uid
-from tests.unit.test_pairing import another, study_of
+from tests.factories import SyntheticPair, another, as_enhanced, make_pair, uid
+from tests.factories.reading import study_of
 from worker.choose.pairing import choose_pair
 from worker.choose.timepoints import hours_apart
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,27 +14,10 @@ from pydicom.dataset import Dataset
 from models.quality import LIMITS, Verdict
 from service.core.dicom.site_rules import SiteRule
 from service.core.errors import Permanent, Reason
-from tests.factories import SyntheticPair, as_enhanced, encode, make_pair, uid
+from tests.factories import SyntheticPair, another, as_enhanced, make_pair, uid
+from tests.factories.reading import study_of
 from worker.choose.pairing import Pair, choose_pair, image_witness
 from worker.read.study import Study, find_files, read_study
-
-
-def study_of(folder: Path, *series: Sequence[Dataset], rules: Sequence[SiteRule] = ()) -> Study:
-    paths = []
-    for n, dataset in enumerate(dataset for datasets in series for dataset in datasets):
-        paths.append(folder / f"{n:04}.dcm")
-        paths[-1].write_bytes(encode(dataset))
-    return read_study(paths, rules)
-
-
-def another(datasets: Sequence[Dataset], name: str, **changes: Any) -> list[Dataset]:
-    """The same slices as a further series."""
-    copies = copy.deepcopy(list(datasets))
-    for k, dataset in enumerate(copies):
-        dataset.SeriesInstanceUID, dataset.SOPInstanceUID = uid(name), uid(name, k)
-        for keyword, value in changes.items():
-            setattr(dataset, keyword, value)
-    return copies
 
 
 def chosen(folder: Path, *series: Sequence[Dataset]) -> tuple[str, str]:

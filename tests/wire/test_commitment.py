@@ -25,10 +25,10 @@ from service.dicom.listener import Listener
 from service.intake import Intake
 from tests.conftest import Clock
 from tests.factories import uid, write_study
+from tests.factories.reading import paired
+from tests.factories.results import ALL, findings_of
 from tests.peers import EXPLICIT_VR_LITTLE_ENDIAN, MR_IMAGE_STORAGE, free_port, running_orthanc, running_scp, wait_until
 from tests.sites import PAIR, Site
-from tests.spec.test_derived import paired
-from tests.spec.test_results import ALL, findings_of
 from worker.compose.results import compose
 
 COMMITTING = {"storage_commitment": True, "commitment_wait_seconds": 0}

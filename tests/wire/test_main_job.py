@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,15 +21,15 @@ from click.testing import CliRunner
 import lowgad
 from models.evaluation.metrics import score
 from service.core.job import State
+from tests.dicom3tools import errors_of, inconsistencies
 from tests.numeric.phantoms import head
 from tests.peers import Orthanc, running_orthanc, wait_until
-from tests.wire.test_up import STORESCU, Up, running
+from tests.up import STORESCU, Up, running
 from worker.lab.phantom_study import write_phantom_study
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 REAL_STUDY, REAL_TRUTH = DATA / "tcga-du-7294-lowdose33.zip", DATA / "tcga-du-7294-truth.npz"
 needs_the_real_pair = pytest.mark.skipif(not REAL_STUDY.exists(), reason="the real pair is not at hand")
-KNOWN_ERROR = "(0008,001c)"  # dicom3tools of 2022 does not know Synthetic Data
 SECONDS = 300.0
 
 
@@ -70,12 +69,6 @@ def delivered(up: Up) -> bool:
 
 def instances(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.dcm"))
-
-
-def errors_of_dciodvfy(path: Path) -> list[str]:
-    """Its exit status says nothing; lines that begin with Error do."""
-    said = subprocess.run(["dciodvfy", "-new", str(path)], capture_output=True, text=True, check=False).stderr
-    return [line for line in said.splitlines() if line.startswith("Error") and KNOWN_ERROR not in line]
 
 
 def series_in(orthanc: Orthanc) -> dict[str, list[str]]:
@@ -151,10 +144,8 @@ def test_the_real_pair_run_offline_gives_valid_dicom_and_believable_enhancement(
     assert done.exit_code == 0, done.output
     derived = instances(tmp_path)
     assert len(derived) == 310
-    assert [error for path in derived[::10] for error in errors_of_dciodvfy(path)] == []
-    study = [str(path) for path in [*instances(real_study), *derived]]
-    entities = subprocess.run(["dcentvfy", *study], capture_output=True, text=True, check=False)
-    assert entities.stdout + entities.stderr == ""
+    assert [error for path in derived[::10] for error in errors_of(path)] == []
+    assert inconsistencies([*instances(real_study), *derived]) == ""
     assert json.loads((tmp_path / "report.json").read_text())["outcome"] == "DONE"
     signal = stacked(instances(tmp_path / "sd")) - stacked(sorted(real_study.glob("5_*.dcm")))
     assert signal.min() >= 0

@@ -14,9 +14,9 @@ from pydicom.dataset import Dataset
 
 from service.core.job import Kind
 from service.core.settings import Destination
+from tests.factories.reading import paired
+from tests.factories.results import ALL, findings_of, saved
 from tests.peers import Orthanc, running_orthanc, running_scp
-from tests.spec.test_derived import paired, saved
-from tests.spec.test_results import ALL, findings_of
 from worker.compose.results import STORED_AS, compose
 from worker.deliver.sending import Verdict, send, syntaxes_of
 

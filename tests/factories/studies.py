@@ -21,7 +21,6 @@ from typing import Any
 import gdcm
 import numpy as np
 import numpy.typing as npt
-from highdicom.legacy import LegacyConvertedEnhancedMRImage
 from pydicom import dcmread
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataelem import DataElement
@@ -32,7 +31,6 @@ from pydicom.uid import (
     JPEG2000,
     UID,
     CTImageStorage,
-    EnhancedMRImageStorage,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     JPEGLossless,
@@ -248,7 +246,7 @@ def _contrast(recipe: Recipe) -> dict[str, Any]:
             "ContrastBolusStartTime": recipe.start_time,
         }
     if recipe.agent_code is not None:
-        contrast["ContrastBolusAgentSequence"] = Sequence([_code(*recipe.agent_code)])
+        contrast["ContrastBolusAgentSequence"] = Sequence([code(*recipe.agent_code)])
     return contrast
 
 
@@ -261,7 +259,7 @@ def _series(
         dataset = _slice(recipe, k)
         dataset.SOPInstanceUID, dataset.SeriesInstanceUID = uid(recipe.seed, name, k), uid(recipe.seed, name)
         _set_pixels(dataset, image, _VENDORS[recipe.vendor], gain=gain)
-        _apply(dataset, attributes)
+        apply(dataset, attributes)
         datasets.append(dataset)
     return datasets
 
@@ -328,132 +326,6 @@ def _compress_by_gdcm(path: Path, syntax: UID) -> None:
     assert writer.Write()
 
 
-def as_enhanced(datasets: list[Dataset]) -> Dataset:
-    """The same series as one Enhanced MR object; the last slice comes first, as frames have no natural order."""
-    first, frames = datasets[0], datasets[::-1]
-    multi = copy.deepcopy(first)
-    contrast = "ContrastBolusAgent" in first
-    for keyword in (*_FRAME_KEYWORDS, *_CLASSIC_CONTRAST):
-        if keyword in multi:
-            delattr(multi, keyword)
-    multi.SOPClassUID, multi.SOPInstanceUID = EnhancedMRImageStorage, uid(first.SOPInstanceUID, "enhanced")
-    multi.ImageType = ["ORIGINAL", "PRIMARY", "T1", "NONE"]
-    multi.NumberOfFrames = str(len(frames))
-    multi.PixelData = b"".join(frame.PixelData for frame in frames)
-    multi.EchoPulseSequence = "SPIN" if first.ScanningSequence == "SE" else "GRADIENT"
-    multi.AcquisitionDateTime = first.AcquisitionDate + first.AcquisitionTime
-    if contrast:
-        multi.ContrastBolusAgentSequence = [_enhanced_agent(first)]
-    multi.SharedFunctionalGroupsSequence = [_shared_groups(first, contrast=contrast)]
-    multi.PerFrameFunctionalGroupsSequence = [_frame_groups(frame, n + 1) for n, frame in enumerate(frames)]
-    return multi
-
-
-def as_stacks(one: Dataset, other: Dataset) -> Dataset:
-    """Two Enhanced MR objects as one: the frames of `other` follow as stack 2, under the header of `one`."""
-    multi, more = copy.deepcopy(one), copy.deepcopy(other.PerFrameFunctionalGroupsSequence)
-    for frame in more:
-        frame.FrameContentSequence[0].StackID = "2"
-    multi.PerFrameFunctionalGroupsSequence = [*multi.PerFrameFunctionalGroupsSequence, *more]
-    multi.NumberOfFrames = str(len(multi.PerFrameFunctionalGroupsSequence))
-    multi.PixelData += other.PixelData
-    return multi
-
-
-def as_concatenation(multi: Dataset, parts: int) -> list[Dataset]:
-    """An Enhanced MR object as several that follow each other (PS3.3 C.7.6.16, Concatenation UID)."""
-    frames, size = multi.PerFrameFunctionalGroupsSequence, len(multi.PixelData) // int(multi.NumberOfFrames)
-    objects = []
-    for number, chosen in enumerate(np.array_split(np.arange(len(frames)), parts), start=1):
-        part = copy.deepcopy(multi)
-        part.SOPInstanceUID, part.ConcatenationUID = uid(multi.SOPInstanceUID, number), uid(multi.SOPInstanceUID)
-        part.SOPInstanceUIDOfConcatenationSource = multi.SOPInstanceUID
-        part.InConcatenationNumber, part.InConcatenationTotalNumber = number, parts
-        part.ConcatenationFrameOffsetNumber = int(chosen[0])
-        part.NumberOfFrames = str(len(chosen))
-        part.PerFrameFunctionalGroupsSequence = [frames[n] for n in chosen]
-        part.PixelData = multi.PixelData[size * chosen[0] : size * (chosen[-1] + 1)]
-        objects.append(part)
-    return objects
-
-
-def as_legacy_converted(datasets: list[Dataset]) -> Dataset:
-    """The same series as one Legacy Converted Enhanced MR object, converted by highdicom."""
-    slices = [dcmread(BytesIO(encode(dataset))) for dataset in datasets]
-    series, number = slices[0].SeriesInstanceUID, slices[0].SeriesNumber
-    return LegacyConvertedEnhancedMRImage(slices, uid(series, "legacy"), number, uid(series, "legacy", "object"), 1)
-
-
-_FRAME_KEYWORDS = (
-    *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "SpacingBetweenSlices"),
-    *("SliceLocation", "RepetitionTime", "EchoTime", "InversionTime", "FlipAngle", "EchoTrainLength", "ScanOptions"),
-    *("ScanningSequence", "SequenceVariant", "SequenceName", "AcquisitionDate", "AcquisitionTime", "InstanceNumber"),
-    *("NumberOfAverages", "ImagedNucleus", "ImagingFrequency", "WindowCenter", "WindowWidth"),
-    *("RescaleSlope", "RescaleIntercept", "RescaleType", "AcquisitionNumber", "TemporalPositionIdentifier"),
-)
-_CLASSIC_CONTRAST = (
-    *("ContrastBolusAgent", "ContrastBolusRoute", "ContrastBolusVolume", "ContrastBolusTotalDose"),
-    *("ContrastBolusStartTime", "ContrastBolusIngredientConcentration"),
-)
-
-
-def _enhanced_agent(dataset: Dataset) -> Dataset:
-    coded = dataset.get("ContrastBolusAgentSequence")
-    agent = copy.deepcopy(coded[0]) if coded else _code("407976008", "SCT", "Gadobutrol")
-    agent.ContrastBolusAgentNumber = 1
-    agent.ContrastBolusVolume = dataset.get("ContrastBolusVolume")
-    agent.ContrastBolusIngredientConcentration = dataset.get("ContrastBolusIngredientConcentration")
-    agent.ContrastBolusAdministrationRouteSequence = [_code("47625008", "SCT", "Intravenous route")]
-    return agent
-
-
-def _taken(source: Dataset, *keywords: str) -> Dataset:
-    item = Dataset()
-    _apply(item, {keyword: source[keyword].value for keyword in keywords if keyword in source})
-    return item
-
-
-def _shared_groups(first: Dataset, *, contrast: bool) -> Dataset:
-    shared = Dataset()
-    shared.PixelMeasuresSequence = [_taken(first, "PixelSpacing", "SliceThickness", "SpacingBetweenSlices")]
-    shared.PlaneOrientationSequence = [_taken(first, "ImageOrientationPatient")]
-    shared.MRTimingAndRelatedParametersSequence = [_taken(first, "RepetitionTime", "FlipAngle", "EchoTrainLength")]
-    modifier, usage, echo = Dataset(), Dataset(), Dataset()
-    modifier.InversionRecovery = "YES" if "InversionTime" in first else "NO"
-    if "InversionTime" in first:
-        modifier.InversionTimes = [float(first.InversionTime)]
-    modifier.Spoiling = "RF" if "SP" in first.SequenceVariant else "NONE"
-    echo.EffectiveEchoTime = float(first.EchoTime)
-    shared.MRModifierSequence, shared.MREchoSequence = [modifier], [echo]
-    if contrast:
-        usage.ContrastBolusAgentNumber, usage.ContrastBolusAgentAdministered = 1, "YES"
-        shared.ContrastBolusUsageSequence = [usage]
-    return shared
-
-
-def _frame_groups(dataset: Dataset, number: int) -> Dataset:
-    frame = Dataset()
-    frame.PlanePositionSequence = [_taken(dataset, "ImagePositionPatient")]
-    frame.PixelValueTransformationSequence = [_taken(dataset, "RescaleSlope", "RescaleIntercept", "RescaleType")]
-    content = Dataset()
-    content.InStackPositionNumber, content.StackID = number, "1"
-    content.FrameAcquisitionDateTime = dataset.AcquisitionDate + dataset.AcquisitionTime
-    content.FrameAcquisitionNumber = int(dataset.AcquisitionNumber)
-    if "TemporalPositionIdentifier" in dataset:
-        content.TemporalPositionIndex = int(dataset.TemporalPositionIdentifier)
-    frame.FrameContentSequence = [content]
-    kind = Dataset()
-    kind.FrameType = dataset.ImageType
-    frame.MRImageFrameTypeSequence = [kind]
-    if (0x2005, 0x100E) in dataset:  # where Philips keeps its scale slope in Enhanced MR
-        inner = Dataset()
-        inner.private_block(0x2005, "Philips MR Imaging DD 001", create=True).add_new(
-            0x0E, "FL", dataset[0x2005, 0x100E].value
-        )
-        frame.private_block(0x2005, "Philips MR Imaging DD 005", create=True).add_new(0x0F, "SQ", [inner])
-    return frame
-
-
 def _phantom(recipe: Recipe) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Two noisy images (k, j, i) of a head of about 500 units, the second with the uptake of a lesion and a vessel."""
     shape, noise = (recipe.slices, recipe.rows, recipe.columns), np.random.default_rng(recipe.seed)
@@ -506,10 +378,10 @@ def _slice(recipe: Recipe, k: int) -> Dataset:
     between_columns, between_rows, between_slices = recipe.spacing_mm
     position = np.array([-95.3, -110.7, -60.1]) + k * between_slices * np.cross(row, column)
     dataset = Dataset()
-    _apply(dataset, {"SpecificCharacterSet": recipe.charset})
+    apply(dataset, {"SpecificCharacterSet": recipe.charset})
     dataset.SOPClassUID = MRImageStorage
     for attributes in (_patient_and_study(recipe), _VENDORS[recipe.vendor].attributes, _SEQUENCES[recipe.sequence]):
-        _apply(dataset, attributes)
+        apply(dataset, attributes)
     dataset.InstanceNumber = str(k + 1)
     dataset.ImagePositionPatient = [_ds(value) for value in position]
     dataset.ImageOrientationPatient = [_ds(value) for value in (*row, *column)]
@@ -539,7 +411,8 @@ def _set_pixels(dataset: Dataset, signal: npt.NDArray[np.float64], vendor: _Vend
     dataset.WindowCenter, dataset.WindowWidth = "400", "800"
 
 
-def _apply(dataset: Dataset, changes: Mapping[str, Any]) -> None:
+def apply(dataset: Dataset, changes: Mapping[str, Any]) -> None:
+    """Set elements by keyword; None deletes."""
     for keyword, value in changes.items():
         if value is not None:
             _set(dataset, keyword, value)
@@ -556,7 +429,8 @@ def _set(dataset: Dataset, keyword: str, value: Any) -> None:
         dataset.add(DataElement(tag, dictionary_VR(tag), value, already_converted=True))
 
 
-def _code(value: str, scheme: str, meaning: str) -> Dataset:
+def code(value: str, scheme: str, meaning: str) -> Dataset:
+    """An item of a code sequence."""
     item = Dataset()
     item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, scheme, meaning
     return item
@@ -581,23 +455,23 @@ def _middle(datasets: list[Dataset]) -> Dataset:
 
 def _set_all(datasets: list[Dataset], **changes: Any) -> None:
     for dataset in datasets:
-        _apply(dataset, changes)
+        apply(dataset, changes)
 
 
 _EDITS: Mapping[str, Callable[[list[Dataset], list[Dataset]], None]] = {
     "gap_in_pre": lambda pre, low: pre.remove(_middle(pre)),
     "gap_in_low": lambda pre, low: low.remove(_middle(low)),
     "short_low": lambda pre, low: low.__delitem__(slice(-2, None)),
-    "duplicated_position": lambda pre, low: _apply(
+    "duplicated_position": lambda pre, low: apply(
         _middle(low), {"ImagePositionPatient": low[len(low) // 2 - 1].ImagePositionPatient}
     ),
-    "mixed_orientation": lambda pre, low: _apply(
+    "mixed_orientation": lambda pre, low: apply(
         _middle(low), {"ImageOrientationPatient": ["0", "1", "0", "0", "0", "-1"]}
     ),
-    "short_pixels": lambda pre, low: _apply(
+    "short_pixels": lambda pre, low: apply(
         _middle(low), {"PixelData": _middle(low).PixelData[: len(_middle(low).PixelData) // 4 * 2]}
     ),
-    "absurd_size": lambda pre, low: _apply(_middle(low), {"Rows": 40000, "Columns": 40000}),
+    "absurd_size": lambda pre, low: apply(_middle(low), {"Rows": 40000, "Columns": 40000}),
     "two_patients": lambda pre, low: _set_all(low, PatientID="SOMEBODYELSE", PatientName="Else^Somebody"),
     "two_studies": lambda pre, low: _set_all(low, StudyInstanceUID=uid("another study")),
     "pre_only": lambda pre, low: low.clear(),
@@ -629,15 +503,17 @@ def make_localizer(pair: SyntheticPair) -> list[Dataset]:
     return datasets
 
 
-def _as_other_series(datasets: Iterable[Dataset], name: str) -> list[Dataset]:
-    copies = []
-    for k, dataset in enumerate(datasets):
-        other = copy.deepcopy(dataset)
-        other.SeriesInstanceUID = uid(dataset.StudyInstanceUID, name)
-        other.SOPInstanceUID = uid(dataset.StudyInstanceUID, name, k)
-        other.SeriesNumber = "77"
-        copies.append(other)
+def another(datasets: Iterable[Dataset], name: str, **changes: Any) -> list[Dataset]:
+    """The same slices as a further series of the same study, with `changes` in each."""
+    copies = copy.deepcopy(list(datasets))
+    for k, dataset in enumerate(copies):
+        dataset.SeriesInstanceUID, dataset.SOPInstanceUID = uid(name), uid(name, k)
+        apply(dataset, changes)
     return copies
+
+
+def _as_other_series(datasets: list[Dataset], name: str) -> list[Dataset]:
+    return another(datasets, f"{datasets[0].StudyInstanceUID}/{name}", SeriesNumber="77")
 
 
 def _as_ct(dataset: Dataset) -> Dataset:
