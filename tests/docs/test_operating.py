@@ -13,10 +13,10 @@ from typing import get_args
 
 import pytest
 
-from service.core.errors import Reason
 from service.core.job import TRANSITIONS, State
 from service.core.settings import SITE_FILE_ONLY, Settings
 from service.web.operations import Action, possible
+from service.web.problems import explained
 from tests.docs.blocks import replaced
 from tests.docs.documents import ROOT, blocks, text_of
 
@@ -94,10 +94,9 @@ def test_every_setting_that_a_document_names_exists(document: str) -> None:
 
 
 def test_every_reason_that_the_documents_name_is_one() -> None:
-    others = {"ANOTHER_SITE", "DATABASE_UNAVAILABLE"}  # problems that are no reason of a job
     named = {*re.findall(r"`([A-Z]+_[A-Z_]+)`", text_of(OPERATING) + text_of(INTEGRATING))}
     settings = {name for name in named if name.startswith("LOWGAD_")}
-    assert named - settings - others <= {reason.name for reason in Reason}
+    assert named - settings <= explained().keys()
 
 
 def test_the_names_of_unknown_values_in_the_settings_are_those_the_worker_checks() -> None:

@@ -135,7 +135,7 @@ class JobPage(BaseModel):
 
 
 class Step(BaseModel):
-    """One change of a job's state."""
+    """One change of a job's state; with equal states, a delivery that failed and will be tried again."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [STEP_EXAMPLE]})
 
