@@ -18,7 +18,7 @@ Written by `python -m tests.docs.test_lineage` from [training/start/lineage.toml
 newest stage comes first, and each started from the next. The weights themselves are in
 [training/start/{weights}](training/start/{weights}). No single command makes them again: studies were
 simulated beforehand, and some of them by earlier states of the simulator. What each stage was worth stands in the
-[appendix of experiments](../deploy/decisions/appendix-experiments.md).
+[appendix of experiments](EXPERIMENTS.md).
 
 """
 
