@@ -10,7 +10,7 @@ is seeded and every sum runs in a fixed order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,7 +19,6 @@ import SimpleITK as sitk
 from scipy import ndimage
 
 from models.brain import find_brain
-from models.pose import Pose
 from models.volume import Array, Mask, Volume
 
 SEED = 20240306
@@ -63,7 +62,7 @@ class Prepared:
 
     pre: Volume
     brain: Mask
-    pose: Pose  # of the atlas in the pre-contrast head
+    found: Mapping[str, float]  # figures of the brain, by the names of `models.brain.CHECKS`
     support: Array  # 0..1: where signal may be predicted
     comparison: Comparison
     scale: float  # native units of the pre-contrast image per unit
@@ -138,7 +137,7 @@ def prepare(pre: Volume, low: Volume, *, progress: Progress = lambda _: None) ->
     return Prepared(
         pre=unit_pre,
         brain=work_brain,
-        pose=found.pose,
+        found=found.figures,
         support=_support(work_brain, grid.spacing_mm),
         comparison=comparison,
         scale=scale,

@@ -16,7 +16,7 @@ from scipy import fft, ndimage
 
 from models.agents import AGENTS, Agent
 from models.condition import Conditions
-from models.pose import load_atlas
+from models.simulation.atlas import load_atlas
 from models.simulation.physics import (
     Sequence,
     Tissue,
