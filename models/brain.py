@@ -116,7 +116,7 @@ def measure(seen: Extraction, mask: Mask) -> dict[str, float]:
     depth = ndimage.distance_transform_edt(np.pad(inside, 1), sampling=spacing)[1:-1, 1:-1, 1:-1]
     if not (depth > _DEEP_MM).any():
         return {**dict.fromkeys(CHECKS, 0.0), **figures}
-    relative = _without_shading(block_means(seen.image, sides), inside, spacing)
+    relative = _without_shading(block_means(seen.image, sides) - np.float32(seen.floor), inside, spacing)
     return {
         **figures,
         "solidity": _solidity(inside, spacing),

@@ -39,6 +39,7 @@ class Extraction:
 
     image: Array  # the volume, in its own units
     spacing_mm: tuple[float, float, float]
+    floor: float  # intensity that counts as none: an image may be offset
     coarse: Array  # probability on COARSE_SIDE^3 over the whole image
     mirrored: Array  # the same of the image whose right and left are exchanged, exchanged back
     box: Box  # of the image, in which the second network looked
@@ -123,7 +124,7 @@ class Extractor:
             return None
         (fine,) = self._run("fine", _as_seen(resized(image[box], (FINE_SIDE,) * 3), low, high))
         x, y, z = (head.spacing_mm[axis] for axis in axes.order)
-        return Extraction(image, (x, y, z), coarse, mirrored[::-1], box, fine, axes)
+        return Extraction(image, (x, y, z), low, coarse, mirrored[::-1], box, fine, axes)
 
     def _run(self, name: str, *images: Array) -> list[Array]:
         options = ort.SessionOptions()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import zipfile
@@ -206,6 +207,14 @@ def test_a_real_fruit_and_a_real_scanner_phantom_have_no_brain(archive: str, tmp
     for volume in real_volumes(archive, tmp_path):
         with pytest.raises(NoBrainError):
             find_brain(volume)
+
+
+@pytest.mark.parametrize(("factor", "offset"), [(1000.0, 0.0), (400.0, -1024.0), (400.0, 500.0)])
+def test_the_unit_and_the_zero_of_the_image_do_not_matter(factor: float, offset: float) -> None:
+    image = seen().image * np.float32(factor) + np.float32(offset)
+    moved = dataclasses.replace(seen(), image=image, floor=seen().floor * factor + offset)
+    figures, expected = (measure(one, outline(one)) for one in (moved, seen()))
+    assert figures == pytest.approx(expected, abs=0.002)
 
 
 def test_threads_and_repetition_change_no_bit() -> None:
