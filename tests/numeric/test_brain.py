@@ -73,7 +73,7 @@ def seen() -> Extraction:
 @pytest.mark.parametrize("stripped", [True, False], ids=["skull-stripped", "full head"])
 def test_the_brain_is_found_with_and_without_a_skull(stripped: bool) -> None:
     phantom = head(stripped=stripped)
-    assert dice(find_brain(as_volume(phantom.pre)).mask, phantom.brain) > 0.95
+    assert dice(find_brain(as_volume(phantom.pre)).mask, phantom.brain) > 0.96
 
 
 def test_the_brain_is_found_in_sagittal_and_flipped_storage_as_in_axial() -> None:
@@ -116,6 +116,21 @@ def test_the_brain_is_found_in_other_fields_of_view(
 ) -> None:
     volume, expected = scanned(head(stripped=False, seed=8), spacing_mm, slab_mm, nod_deg)
     assert dice(find_brain(volume).mask, expected) > 0.94
+
+
+def test_the_brain_is_found_in_a_defaced_head() -> None:
+    phantom = head(stripped=False)
+    faceless = phantom.pre.copy()
+    faceless[:50, :30] = 0  # lower front, with a part of the brain
+    assert dice(find_brain(as_volume(faceless)).mask, phantom.brain) > 0.93
+
+
+def test_padding_around_an_oblique_image_does_not_hide_the_brain() -> None:
+    phantom = head(stripped=False, seed=8)
+    padded = phantom.pre.copy()
+    k, j = np.indices(padded.shape)[:2]
+    padded[k + j < 80] = 0  # through the face and the frontal lobe
+    assert dice(find_brain(as_volume(padded)).mask, phantom.brain & (k + j >= 80)) > 0.92
 
 
 def test_an_empty_volume_has_no_brain() -> None:
