@@ -170,7 +170,7 @@ LIMITS: dict[str, Limit] = {
         "real heads measured .956 and more, what is no brain mostly below .9 (ADR 30)",
     ),
     "brain_layers": Limit(
-        Gate.PAIR, "1", *_least(0.38, CHECKS["layers"].least),
+        Gate.PAIR, "1", *_least(0.35, CHECKS["layers"].least),
         "rank correlation of brightness with depth in the brain, which grey around white matter makes",
         "real heads measured .41 to .67, what the networks take for a brain and is none up to .25 (ADR 30)",
     ),
