@@ -362,6 +362,20 @@ def export(checkpoint: Path, folder: Path, model_id: str, *, gate_offset: float 
 
 
 @main.command()
+@click.argument("source", type=click.Path(exists=True, path_type=Path))
+@click.option("--out", type=FOLDER, required=True, help="Model folder to write")
+def convert(source: Path, out: Path) -> None:
+    """Convert deepbet's brain extractor from SOURCE, its wheel or an unpacked one (needs the extra `train`)."""
+    from models.training.extractor import convert as run_conversion
+
+    try:
+        parity = run_conversion(source, out).parity
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(f"{out}: largest difference of a probability from TorchScript {max(parity.values()):.1e}")
+
+
+@main.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--studies", type=click.IntRange(2), default=40, show_default=True, help="Simulated, held out")
 @click.option("--real", type=STUDY, help="DICOM study of a pair whose truth is known")
@@ -453,10 +467,12 @@ def _protocols(settings: Settings) -> str:
 def _model(settings: Settings) -> str:
     """What the doctor says about the model: its card is read, its digest checked, and it is loaded."""
     from models.card import ModelError, read_card
+    from models.extractor import Extractor
     from models.runtime import NetworkEngine
     from service.probes import ProbeFailedError
 
     try:
+        Extractor()
         card = read_card(_model_folder(settings))
         engine = NetworkEngine(card.folder)
     except ModelError as error:

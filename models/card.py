@@ -60,7 +60,7 @@ class Card:
     @property
     def digest(self) -> str:
         """SHA-256 of card.toml."""
-        return _digest(self.folder / "card.toml")
+        return sha256_of(self.folder / "card.toml")
 
     @property
     def stages(self) -> list[str]:
@@ -90,7 +90,7 @@ def read_card(folder: Path) -> Card:
         typed = {"limits": tuple(values.get("limits", ())), "gate_offset": float(values["gate_offset"])}
         typed["gate_strict_from"] = float(values.get("gate_strict_from", 0))
         card = Card(**{**values, **typed}, folder=folder)
-        found = {path.name: (_digest(path), said) for path, said in card.networks.values()}
+        found = {path.name: (sha256_of(path), said) for path, said in card.networks.values()}
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise _incomplete(folder, error) from error
     if card.halo_voxels % card.stride:
@@ -114,5 +114,6 @@ def _incomplete(folder: Path, error: Exception) -> ModelError:
     return ModelError(f"model folder {folder.name!r} is incomplete: {type(error).__name__}")
 
 
-def _digest(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of a file, in hexadecimal digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -9,7 +9,7 @@ resampled for output (only the predicted signal is). Must never be random: the s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,6 @@ from scipy import ndimage
 from models.brain import find_brain
 from models.motion import residual_motion
 from models.noise import high_pass_noise, local_noise, noise_left
-from models.pose import Pose
 from models.registration import RegistrationError, match_intensity, register
 from models.statistics import SCALE_QUANTILE
 from models.volume import Array, Mask, Volume
@@ -57,7 +56,7 @@ class Prepared:
 
     pre: Volume
     brain: Mask
-    pose: Pose  # of the atlas in the pre-contrast head
+    found: Mapping[str, float]  # figures of the brain, by the names of `models.brain.BRAIN_LIMITS`
     support: Array  # 0..1: where signal may be predicted
     comparison: Comparison
     scale: float  # native units of the pre-contrast image per unit
@@ -132,7 +131,7 @@ def prepare(pre: Volume, low: Volume, *, progress: FractionDone = lambda _: None
     return Prepared(
         pre=unit_pre,
         brain=work_brain,
-        pose=found.pose,
+        found=found.figures,
         support=_support(work_brain, grid.spacing_mm),
         comparison=comparison,
         scale=scale,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from models.pose import load_atlas
+from models.simulation.atlas import load_atlas
 from models.simulation.physics import smooth_field
 from models.simulation.scenario import Scenario
 from models.volume import Array, Mask

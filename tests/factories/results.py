@@ -12,7 +12,6 @@ import numpy as np
 import SimpleITK as sitk
 from pydicom.dataset import Dataset
 
-from models.pose import Pose
 from models.preprocess import Comparison, Prepared
 from service.core.job import Kind
 from worker.choose.pairing import Pair
@@ -60,7 +59,7 @@ def findings_of(pair: Pair, signal: np.ndarray | None = None, **changes: Any) ->
     prepared = Prepared(
         pre=volume.with_voxels(volume.voxels / 500),
         brain=ones > 0,
-        pose=Pose(np.zeros(3), np.zeros(3), np.ones(3), misfit=0.2, correlation=0.9, structure=0.6),
+        found={},
         support=ones,
         comparison=comparison,
         scale=500.0,
