@@ -426,12 +426,12 @@ def _settings(environ: Mapping[str, str]) -> Settings:
 
 
 def _open_ledger(settings: Settings) -> Ledger:
-    from service.core.ledger import Ledger, LedgerError
+    from service.core.ledger import Ledger, LedgerError, kind_of
 
     try:
         return Ledger.open(settings.ledger_url)
     except (LedgerError, OSError) as error:
-        raise click.ClickException(f"the database cannot be opened ({type(error).__name__})") from None
+        raise click.ClickException(f"the database cannot be opened ({kind_of(error)})") from None
 
 
 def _engine(settings: Settings, name: str) -> Engine:

@@ -7,13 +7,14 @@ print a setting's value, which may be a secret.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from service import probes
 from service.core.association import PLAIN_SYNTAXES, VERIFICATION, associated
 from service.core.dicom.commitment import PUSH_MODEL
 from service.core.dicom.status import SUCCESS
 from service.core.errors import Permanent, Retryable
-from service.core.ledger import Ledger, LedgerError
+from service.core.ledger import Ledger, LedgerError, kind_of
 from service.core.queue import make_celery
 from service.core.settings import Destination, Settings
 from service.core.spool import Spool
@@ -41,7 +42,7 @@ def _database(settings: Settings) -> str:
         with Ledger.open(settings.ledger_url) as ledger:
             jobs = sum(ledger.jobs.counts().values())
     except (LedgerError, OSError) as error:
-        raise ProbeFailedError(f"cannot be opened ({type(error).__name__}); see database_url and data_dir") from None
+        raise ProbeFailedError(f"cannot be opened ({kind_of(error)}); see database_url and data_dir") from None
     return f"tables are up to date, {jobs} jobs"
 
 
@@ -59,7 +60,7 @@ def _reports(settings: Settings) -> str:
         with Ledger.open(settings.ledger_url) as ledger:
             overdue = ledger.requests.overdue(OVERDUE_SECONDS + settings.sweep_seconds)
     except (LedgerError, OSError) as error:
-        raise ProbeFailedError(f"cannot be told without the database ({type(error).__name__})") from None
+        raise ProbeFailedError(f"cannot be told without the database ({kind_of(error)})") from None
     if overdue:
         raise ProbeFailedError(
             f"{overdue} are overdue: no listener sends them; is `lowgad listen` running, what is its log?"
@@ -78,14 +79,22 @@ def _destination(destination: Destination) -> str:
             connect_seconds=ANSWER_SECONDS,
             answer_seconds=ANSWER_SECONDS,
         ) as association:
-            answer = association.send_c_echo()
+            answer = _echo(association)
             accepted = {context.abstract_syntax for context in association.accepted_contexts}
     except Permanent as error:
         raise ProbeFailedError(f"refuses our AE titles or what we offer: {error.detail}; {_WHERE}") from None
     except Retryable as error:
         raise ProbeFailedError(f"does not answer: {error.detail}; {_WHERE}") from None
-    if getattr(answer, "Status", None) != SUCCESS:
+    if answer != SUCCESS:
         raise ProbeFailedError("does not answer C-ECHO")
     if destination.storage_commitment and PUSH_MODEL not in accepted:
         raise ProbeFailedError("answers C-ECHO and does not know storage commitment; switch storage_commitment off")
     return "answers C-ECHO"
+
+
+def _echo(association: Any) -> int | None:
+    """The status of C-ECHO (PS3.7 section 9.1.5); None where it is not accepted, or nothing comes back."""
+    try:
+        return getattr(association.send_c_echo(), "Status", None)
+    except (ValueError, RuntimeError):  # pynetdicom: no accepted context, or the association ended
+        return None

@@ -51,7 +51,7 @@ def database(ledger: Ledger) -> str:
     try:
         ledger.ping()
     except LedgerError as error:
-        raise ProbeFailedError(f"does not answer ({type(error).__name__}); see database_url and data_dir") from None
+        raise ProbeFailedError(f"does not answer ({error}); see database_url and data_dir") from None
     return "answers"
 
 

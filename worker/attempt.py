@@ -18,7 +18,7 @@ from typing import Any
 from service.core import retry
 from service.core.errors import Permanent, Reason, Retryable
 from service.core.job import STATE_OF_OUTCOME, Job, State
-from service.core.ledger import Ledger, LedgerUnavailableError
+from service.core.ledger import Ledger, LedgerUnavailableError, kind_of
 from service.core.settings import Settings
 from service.core.telemetry import Log
 from worker.lease import Lease, SupersededError
@@ -68,9 +68,8 @@ class Attempts:
             return
         is_sending = job.state is State.DELIVERING
         most = self.settings.delivery_max_attempts if is_sending else self.settings.max_attempts
-        detail = (
-            f"try {job.tries} of {most}: {error.detail}"  # tries, not attempts: those go on counting from run to run
-        )
+        # Tries, not attempts: those go on counting from run to run.
+        detail = f"try {job.tries} of {most}: {error.detail}"
         if job.tries >= most:
             LOG.warning("ended without result", job_id=job.id, attempt=job.attempt, reason=error.reason.name)
             self._end(job, lease, error.reason, detail)
@@ -90,7 +89,7 @@ class Attempts:
 
     def _unexpected(self, job: Job, lease: Lease, reason: Reason, error: BaseException) -> None:
         LOG.failure("unexpected error", error, job_id=job.id, attempt=job.attempt, reason=reason.name)
-        self._end(job, lease, reason, type(error).__name__)
+        self._end(job, lease, reason, kind_of(error))
 
     def _end(
         self, job: Job, lease: Lease, reason: Reason, detail: str, *, report: dict[str, Any] | None = None

@@ -98,7 +98,7 @@ class _Json(logging.Formatter):
         return json.dumps(line)
 
 
-_WARNING = re.compile(r"(?P<place>.+?:\d+): (?P<category>\w+): ")  # how `warnings` writes one
+_WARNING = re.compile(r"(?P<place>[^\s:]+\.py:\d+): (?P<category>\w+): ")  # how `warnings` writes one
 
 
 def _constant_part(record: logging.LogRecord) -> str:
@@ -106,8 +106,8 @@ def _constant_part(record: logging.LogRecord) -> str:
     if record.name == "py.warnings":
         found = _WARNING.match(record.getMessage())
         return f"{found['category']} at {found['place']}" if found else "a warning"
-    if record.args and re.search("[a-z]{2}", str(record.msg)):
-        return str(record.msg)
+    if record.args and isinstance(record.msg, str) and re.search("[a-z]{2}", record.msg):
+        return record.msg
     return f"a message of {record.module}.{record.funcName}"
 
 

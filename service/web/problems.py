@@ -119,8 +119,7 @@ def _describe(error: Exception) -> Problem:
     match error:
         case HTTPException():
             status = HTTPStatus(error.status_code)
-            name = status.name if status.name in HTTP_NAMES else "BAD_REQUEST"
-            return problem(status, name, status.phrase, error.detail)
+            return problem(status, status.name, status.phrase, error.detail)
         case RequestValidationError():
             return problem(422, "INVALID_REQUEST", "The request is not valid.", _explain(error.errors()))
         case LowgadError(reason=reason, detail=detail):

@@ -64,6 +64,14 @@ FORBIDDEN = [
     "models.runtime -> pydicom",
     "models.training.tomorrow -> service.core.job",
     "models.runtime -> worker.pipeline",
+    "worker.choose.tomorrow -> celery",
+    "service.core.ledger.tomorrow -> redis",
+    "worker.read.tomorrow -> kombu",
+    "worker.compose.tomorrow -> jinja2",
+    "models.simulation.tomorrow -> matplotlib",
+    "service.core.ledger.tomorrow -> onnx",
+    "service.core.queue -> uvicorn",
+    "worker.read.tomorrow -> lowgad",
 ]
 UNPLACED = ["service.tomorrow", "service.core.tomorrow", "worker.tomorrow", "models.tomorrow"]
 CIRCLE = ("worker.read.tomorrow -> worker.read.next", "worker.read.next -> worker.read.tomorrow")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import itertools
+import sqlite3
 import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -721,3 +723,13 @@ def test_moments_come_back_in_utc_whatever_zone_they_came_in(moment: datetime) -
 def test_a_moment_without_a_zone_is_refused() -> None:
     with Ledger.open("sqlite://") as ledger, pytest.raises(ValueError, match="timezone"):
         ledger.received.add(an_instance(received_at=datetime(2031, 1, 1)))  # noqa: DTZ001  the point of the test
+
+
+def test_a_ledger_of_a_later_version_is_a_named_error(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'ledger.sqlite'}"
+    Ledger.open(url).close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "ledger.sqlite")) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'of a later version'")
+        connection.commit()
+    with pytest.raises(LedgerError, match="CommandError"):
+        Ledger.open(url)

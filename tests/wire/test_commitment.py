@@ -276,7 +276,7 @@ def test_an_archive_that_fails_again_and_again_is_asked_for_as_long_as_one_that_
 def test_the_association_stays_open_for_as_long_as_a_report_is_waited_for(
     make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.deliver.sending.ANSWER_SECONDS", 1.0)  # a minute in earnest
+    monkeypatch.setattr("worker.deliver.committing.ANSWER_SECONDS", 1.0)  # a minute in earnest
     with running_archive(on_same_association=True, seconds=2.0) as archive:
         site = make_site(archive.port, destination={"commitment_wait_seconds": 10})
         job_id = delivered(site)
@@ -419,6 +419,31 @@ def test_who_commits_itself_while_another_destination_is_waited_for_is_not_asked
         asking.join()
     assert (len(silent.requests), len(late.requests)) == (2, 1)
     assert site.job(job_id).detail.startswith("pacs: storage commitment of 4 instances asked for 2 times")
+
+
+def test_who_refuses_for_good_while_another_destination_is_waited_for_is_not_asked_again(
+    make_site: Callable[..., Site],
+) -> None:
+    with running_archive() as silent, running_archive() as late:
+        site = make_site(silent.port, commitment_timeout_seconds=HOUR)
+        [pacs] = site.settings.destinations
+        second = pacs.model_copy(update={"name": "second", "port": late.port})
+        site.settings = site.settings.model_copy(update={"destinations": (pacs, second)})
+        site.restart_worker()
+        job_id = site.new_job("pacs", "second")
+        site.worker.process(job_id)
+        site.worker.deliver(job_id)
+        site.clock.advance(HOUR)
+        site.restart_worker(destinations=(pacs.model_copy(update={"commitment_wait_seconds": 3}), second))
+        asking = threading.Thread(target=site.worker.deliver, args=(job_id,))
+        asking.start()
+        wait_until(lambda: len(silent.requests) == 2, what="the second request")
+        late.reasons[late.requests[0].references[0].sop_instance_uid] = 0x0119
+        with listening(site) as (port, _):
+            assert call_with_report(port, late.report(late.requests[0])) == 0x0000
+        asking.join()
+    assert (len(silent.requests), len(late.requests)) == (2, 1)
+    assert site.job(job_id).reason is Reason.COMMITMENT_REFUSED
 
 
 def test_an_instance_that_is_kept_under_another_class_is_not_committed(make_site: Callable[..., Site]) -> None:

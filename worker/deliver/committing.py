@@ -13,7 +13,7 @@ from typing import Any
 from pydicom.dataset import Dataset
 from pynetdicom import evt
 
-from service.core.association import PLAIN_SYNTAXES, associated
+from service.core.association import ANSWER_SECONDS, PLAIN_SYNTAXES, associated
 from service.core.dicom.commitment import (
     PUSH_MODEL,
     PUSH_MODEL_INSTANCE,
@@ -67,6 +67,7 @@ def request_commitment(
             destination,
             OFFERS,
             calling_ae_title=destination.calling_ae_title,
+            answer_seconds=ANSWER_SECONDS,
             handlers=[(evt.EVT_N_EVENT_REPORT, answer)],
         ) as association:
             information = Request(transaction_uid, tuple(references)).to_dataset()

@@ -2,7 +2,7 @@
 
 Hides the two halves, each with a claim of its own: sending ends in DELIVERED, and from then on destinations are asked,
 again and again, until they have committed themselves (PS3.4 annex J). Must never work on a job without its claim, and
-never hold up one destination because of another.
+never leave one destination out because another failed.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Deliverer:
             outbox.refuse(name, error.detail)
             return error
         except Retryable as error:
-            return error
+            return Retryable(error.reason, f"{name}: {error.detail}")
         return None
 
     def _ask(self, job_id: str) -> None:

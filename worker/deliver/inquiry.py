@@ -88,6 +88,7 @@ class Inquiry:
         for name in [name for name in self._due() if name not in hopeless]:
             if owed := self._owed(name):
                 try:
+                    self._refuse_hopeless(name, owed)  # it may have refused for good while another was waited for
                     self._ask(destination_called(name, self._settings), owed)
                 except Permanent as error:
                     hopeless[name] = error

@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import Self
 
 from service.core.ledger.commitments import ClaimedCommitment, Commitments, Noted, Transaction
-from service.core.ledger.database import Database, LedgerError, LedgerUnavailableError
+from service.core.ledger.database import Database, LedgerError, LedgerUnavailableError, kind_of
 from service.core.ledger.deliveries import ClaimedDelivery, CommitmentStatus, Deliveries, Delivery, DeliveryStatus
 from service.core.ledger.jobs import Jobs
 from service.core.ledger.received import Added, Instance, Received, WaitingStudy
@@ -38,6 +38,7 @@ __all__ = [
     "Transaction",
     "Transition",
     "WaitingStudy",
+    "kind_of",
 ]
 
 

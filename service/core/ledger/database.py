@@ -21,6 +21,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from alembic.util.exc import CommandError
 from sqlalchemy import URL, Connection, Engine, Row, Table, create_engine, event, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import (
@@ -34,9 +35,12 @@ from sqlalchemy.exc import (
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import NullPool
 
+from service.core.telemetry import Log
+
 MIGRATION_LOCK = 0x10_36AD  # any constant: serialises migrations of several processes on PostgreSQL
 CLOCK_SECONDS = 60  # two quartz clocks drift apart by milliseconds in that time
 BUSY_SECONDS = 30  # how long a writer waits for the others on SQLite
+LOG = Log("ledger")
 OTHERS = 0o077  # the permissions of everybody but the owner
 PRIVATE = 0o600
 
@@ -50,6 +54,11 @@ class LedgerError(Exception):
 
 class LedgerUnavailableError(LedgerError):
     """The database is away, busy or broken off: the same may succeed later."""
+
+
+def kind_of(error: BaseException) -> str:
+    """The kind of an error that opening the ledger raised; its own words may hold paths and passwords."""
+    return str(error) if isinstance(error, LedgerError) else type(error).__name__
 
 
 class Database:
@@ -135,11 +144,13 @@ def batches(uids: Sequence[str]) -> Iterator[Sequence[str]]:
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """SQLAlchemy's errors, and the one of SQLite before SQLAlchemy is there, as ours. A caller's mistake stays one."""
+    """Errors of SQLAlchemy, of SQLite before it is there, and of Alembic, as ours. A caller's mistake stays one."""
     try:
         yield
     except (OperationalError, InterfaceError, DisconnectionError, PoolTimeoutError, sqlite3.OperationalError) as error:
         raise LedgerUnavailableError(error) from error
+    except CommandError as error:  # the tables are of a later version of lowgad
+        raise LedgerError(error) from error
     except (SQLAlchemyError, sqlite3.Error) as error:
         if isinstance(error, StatementError) and not isinstance(error, DBAPIError) and error.orig:
             raise error.orig from error  # a value that cannot be stored: the database was not even asked
@@ -149,7 +160,9 @@ def _translated() -> Iterator[None]:
 def _engine(url: URL) -> Engine:
     if url.get_backend_name() != "sqlite":
         return create_engine(url, pool_pre_ping=True)
-    if url.database:
+    if (url.database or "").startswith("file:"):
+        raise LedgerError(ValueError("sqlite:///file: URLs are not supported"))
+    if url.database and url.database != ":memory:":
         path = Path(url.database)
         path.parent.mkdir(parents=True, exist_ok=True)
         _keep_private(path)
@@ -176,7 +189,14 @@ def _keep_private(path: Path) -> None:
     for file in (path, Path(f"{path}-wal"), Path(f"{path}-shm")):
         with contextlib.suppress(FileNotFoundError):  # the companions come and go
             if file.is_file() and file.stat().st_mode & OTHERS:
-                file.chmod(PRIVATE)
+                _close_to_others(file)
+
+
+def _close_to_others(file: Path) -> None:
+    try:
+        file.chmod(PRIVATE)
+    except PermissionError:  # another user's file, or a file system without permissions
+        LOG.warning("others can read the ledger, and its permissions cannot be changed", path=str(file))
 
 
 def _use_write_ahead_log(path: Path) -> None:
@@ -216,13 +236,13 @@ class _ServerClock:
 
     def __call__(self) -> datetime:
         if time.monotonic() - self._known[1] > CLOCK_SECONDS:
-            with contextlib.suppress(OperationalError):  # while it is away, nothing can be written anyway
+            with contextlib.suppress(LedgerError):  # while it is away, nothing can be written anyway
                 self._known = self._ask()
         moment, asked_at = self._known
         return moment + timedelta(seconds=time.monotonic() - asked_at)
 
     def _ask(self) -> tuple[datetime, float]:
-        with self._engine.connect() as connection:
+        with _translated(), self._engine.connect() as connection:
             before = time.monotonic()
             moment: datetime = connection.execute(text("SELECT clock_timestamp()")).scalar_one()
             return moment.astimezone(UTC), (before + time.monotonic()) / 2

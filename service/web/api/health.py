@@ -1,6 +1,6 @@
 """Whether this process lives and can take studies in, and what every reason means.
 
-Hides nothing: the probes are those of `lowgad doctor` (`service.probes`).
+Hides which probes make it not ready and which only degrade it. The probes are those of `lowgad doctor`.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ class Readiness(BaseModel):
     """`ready`; `degraded` while studies are taken in but nothing is computed; `not_ready` while nothing is taken in."""
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"status": "ready", "checks": {"database": {"ok": True, "detail": ""}}}]}
+        json_schema_extra={"examples": [{"status": "ready", "checks": {"database": {"ok": True, "detail": "answers"}}}]}
     )
 
     status: Literal["ready", "degraded", "not_ready"]
