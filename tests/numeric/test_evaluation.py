@@ -38,7 +38,7 @@ from models.runtime import NetworkEngine
 from models.simulation.samples import TEST_SEED, VALIDATION_SEED, Sample, quiet_brain
 from tests.numeric.phantoms import as_volume, head, prepared_head
 from worker.lab import evaluation, evaluation_card
-from worker.lab.evaluation import real_rows, write_card, write_validation
+from worker.lab.evaluation import in_plane_order, real_rows, write_card, write_validation
 from worker.pipeline import Result
 
 STUDIES = 2
@@ -219,6 +219,17 @@ def test_validation_is_on_other_studies_and_makes_no_card(tmp_path: Path, monkey
         "seeds.csv",
     }
     assert not (tmp_path / "CARD.md").exists()
+
+
+def test_a_truth_counted_from_the_other_end_is_turned_and_one_of_another_image_refused() -> None:
+    rng = np.random.default_rng(1)
+    pre, ce = rng.normal(size=(4, 5, 6)), rng.normal(size=(4, 5, 6))
+    as_it_is = in_plane_order({"pre": pre + 0.1 * ce, "ce": ce, "wm": np.array(1)}, pre)
+    turned = in_plane_order({"pre": pre[::-1] + 0.1 * ce, "ce": ce[::-1], "wm": np.array(1)}, pre)
+    assert np.array_equal(as_it_is["ce"], ce)
+    assert np.array_equal(turned["ce"], ce)
+    with pytest.raises(ValueError, match="not that of the series"):
+        in_plane_order({"pre": ce, "ce": ce, "wm": np.array(1)}, pre)
 
 
 def test_a_real_pair_that_cannot_be_read_is_said_before_anything_is_simulated(tmp_path: Path) -> None:

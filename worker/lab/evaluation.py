@@ -74,6 +74,7 @@ FROC = {
 RATES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # false components per study of the FROC
 OPERATING_RATE = 0.5
 ABLATED_PER_DOSE = 4  # studies: all ablations together take as long as the rest
+SAME_IMAGE = 0.9  # correlation of a truth's pre-contrast image with the series, which may have its noise besides
 SIDE = 64  # voxels of a study's side
 KINDS: dict[str, Callable[[Sample], bool]] = {
     "head, whole or defaced": lambda sample: not sample.scenario.stripped,
@@ -391,6 +392,7 @@ def real_rows(engine: NetworkEngine, study: Path, truth: Path, say: Say) -> list
     """
     known = _truth(truth)
     network, linear = (run(find_files(study), JobOptions(), one, lambda *_: None) for one in (engine, LinearEngine()))
+    known = in_plane_order(known, network.prepared.native_pre.voxels)
     scores = {
         "network": _score_real(network, known),
         "network, SD+": _score_real_plus(network, known),
@@ -416,6 +418,30 @@ def _truth(path: Path) -> dict[str, Array]:
     if missing := {"ce", "brain", "wm"} - {*known}:
         raise ValueError(f"{path.name} lacks {', '.join(sorted(missing))}")
     return known
+
+
+def in_plane_order(known: dict[str, Array], pre: Array) -> dict[str, Array]:
+    """A truth (k, j, i) in the order of our planes: whoever wrote it may have counted them from the other end.
+
+    Args:
+        known: of `truth.npz`; its `pre`, the pre-contrast image, tells the order. Without it the order is believed.
+        pre: the pre-contrast series as it was read.
+
+    Raises:
+        ValueError: neither way round is its image that of the series.
+    """
+    if "pre" not in known or known["pre"].shape != pre.shape:
+        return known
+    as_is, flipped = (
+        float(np.corrcoef(image.ravel(), pre.ravel())[0, 1]) for image in (known["pre"], known["pre"][::-1])
+    )
+    if max(as_is, flipped) < SAME_IMAGE:
+        raise ValueError(
+            f"the truth's pre-contrast image is not that of the series: correlation {max(as_is, flipped):.2f}"
+        )
+    if as_is >= flipped:
+        return known
+    return {name: array[::-1] if array.shape == pre.shape else array for name, array in known.items()}
 
 
 def _score_real(result: Result, known: Mapping[str, Array]) -> Score:
