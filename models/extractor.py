@@ -9,6 +9,7 @@ never load a network whose digest its card does not state, and never judge what 
 
 from __future__ import annotations
 
+import hashlib
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,8 @@ class Extractor:
         for name, (digest, said) in found.items():
             if digest != said:
                 raise ModelError(f"{folder.name}: {name} has SHA-256 {digest[:12]}, the card says {said[:12]}")
+        digests = " ".join(digest for digest, _ in found.values())
+        self.digest = hashlib.sha256(digests.encode()).hexdigest()  # of both networks: what decides an outline
 
     def extract(self, head: Volume) -> Extraction | None:
         """Probability of brain; None where the first network sees none.

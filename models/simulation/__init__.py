@@ -1,1 +1,1 @@
-"""Simulated studies with a known truth: anatomy, scanner, scenario. NumPy alone; no torch, no training."""
+"""Simulated studies with a known truth: anatomy, scanner, scenario. No torch, no training."""

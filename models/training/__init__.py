@@ -1,1 +1,1 @@
-"""Simulator, network, training, export and evaluation. Nothing here is needed to process a study."""
+"""Networks: their training, averaging and export. Nothing here is needed to process a study."""

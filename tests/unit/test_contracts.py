@@ -64,6 +64,8 @@ FORBIDDEN = [
     "models.runtime -> pydicom",
     "models.training.tomorrow -> service.core.job",
     "models.runtime -> worker.pipeline",
+    "worker.pipeline -> models.training",
+    "worker.read.tomorrow -> models.simulation",
     "worker.choose.tomorrow -> celery",
     "service.core.ledger.tomorrow -> redis",
     "worker.read.tomorrow -> kombu",

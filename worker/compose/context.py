@@ -13,6 +13,7 @@ from datetime import datetime
 from importlib import metadata
 
 from models.agents import BY_NAME
+from models.brain import extractor_digest
 from models.condition import CONTRACT_VERSION, Conditions
 from models.runtime import Engine, LinearEngine
 from service.core.job import Kind
@@ -72,11 +73,12 @@ def make_context(
     """What the derived instances say about their making.
 
     The configuration hash covers all that decides the result beside the input and the model, so that another software
-    version, dose, watermark or execution provider never reuses a UID. Which kinds are made decides nothing about any.
+    version, brain extractor, dose, watermark or execution provider never reuses a UID. Which kinds are made decides
+    nothing about any.
     """
     version = metadata.version("lowgad")
     chosen = asdict(outputs) | {"kinds": None}
-    made_by = [version, CONTRACT_VERSION, engine.name, engine.provider]
+    made_by = [version, CONTRACT_VERSION, engine.name, engine.provider, extractor_digest()]
     decided = [*made_by, *(asdict(conditions) | _MEASURED | chosen).values()]
     agent = BY_NAME.get(acquisition.agent.value or "")
     return DerivationContext(

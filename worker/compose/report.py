@@ -12,6 +12,7 @@ from typing import Any
 
 from pydicom.dataset import Dataset
 
+from models.brain import extractor_digest
 from models.preprocess import Prepared
 from models.quality import Figure
 from models.runtime import Engine
@@ -50,6 +51,7 @@ def report_findings(
             "noise": round(comparison.sigma, 5),
             "rotation_rad_and_shift_mm": [float(p) for p in prepared.pre_to_low.GetParameters()],
             "working_spacing_mm": list(prepared.pre.spacing_mm),
+            "brain_extractor_sha256": extractor_digest(),
         },
         "quality": [figure.row() for figure in figures],
     }
