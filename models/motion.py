@@ -1,8 +1,8 @@
 """Residual motion: what a rigid registration leaves, tenths of a millimetre, is measured and undone.
 
 Hides the method of Lucas and Kanade (1981): where image and pre-contrast image differ by a small shift u, their
-difference is the slope of the image times u, and u is the weighted least-squares solution around every voxel. Why,
-what it costs, and where the constants come from: ADR 7. Must never take enhancement for motion.
+difference is the slope of the image times u, and u is the weighted least-squares solution around every voxel. Why, and
+what it costs: ADR 7; experiments with the constants: models/EXPERIMENTS.md. Must never take enhancement for motion.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from models.registration import RegistrationError, match_intensity, register
 from models.statistics import SCALE_QUANTILE
 from models.volume import Array, Mask, Volume
 
-FINEST_MM, WORKING_MM = 0.7, 1.0  # an axis finer than this becomes so: what a 3-D T1 tells ends near 1 mm (ADR 2)
+FINEST_MM, WORKING_MM = 0.7, 1.0  # an axis finer than this becomes so: chosen: what a 3-D T1 tells ends near 1 mm
 SUPPORT_MM = 12.0  # signal is predicted up to here outside the brain. Chosen: meninges and sinuses lie within
 SUPPORT_FADE_MM = 4.0  # and fades over the last of it, so that it has no edge
 # Onto a grid coarser by this factor an image is smoothed first, by this share of a new voxel (a Gaussian), so that only

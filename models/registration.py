@@ -16,8 +16,8 @@ from models.statistics import SCALE_QUANTILE, robust_std, smooth
 from models.volume import Array, Mask, Volume
 
 SEED = 20240306  # of the voxels that are compared; any number serves
-FIELD_SIGMA_MM = 20.0  # of the gain field. Chosen: a receive field is smooth over centimetres, lesions are not (ADR 3)
-GAIN_LIMITS = (0.85, 1.15)  # of the field. Chosen; pairs of one sequence measured within 3 % of an even gain
+FIELD_SIGMA_MM = 20.0  # of the gain field. Chosen (ADR 3): a receive field is smooth over centimetres, lesions are not
+GAIN_LIMITS = (0.85, 1.15)  # of the field. Chosen: a larger difference is of another sequence, and is not taken out
 _FIELD_ROUNDS = 2  # the field changes what is trimmed, and that the field. Chosen
 _GAIN_ROUNDS, _GAIN_SETTLED = 20, 1e-5  # at most; done when a round changes the gain by less
 _TRIM = 2.5  # robust standard deviations. Chosen: a test holds the gain's error below .4 % with 3 % enhancing voxels

@@ -7,7 +7,7 @@ wide), the pre-contrast image p, local noise sigma, the dose fraction d and the 
     q_i = z_i / (sigma l_i)           signal-to-noise ratio; l_i: share of the noise that the smoothing leaves
     w, share, gain, own, logit = U(a, q, p, sigma, sigma / d; c)
     s = relu(sigmoid(share) exp(gain) sum_i w_i a_i + own)              the signal, if there is any
-    g = smoothed(logit + prior(q)), raised at most to a neighbour's     the gate
+    g = min(h + NEIGHBOURLY, max_beside blur(h)), h = blur(blur(logit + prior(q)))     the gate
     y = min(s / (1 + s / (CAP exp(g - offset))), HEADROOM / d * max(z, z1, z2, z3, 0))
 
 U is the U-Net (Ronneberger et al., arXiv 1505.04597) with FiLM by c; what enters and leaves it is limited to a range,
@@ -38,7 +38,7 @@ from models.condition import (
 
 # The gate. Measured on validation studies (ADR 15) where it says so, else chosen.
 CAP = 0.3  # of white matter: what a gate of 0 lets through at most (ADR 15)
-NEIGHBOURLY = 2.0  # how much further it opens than its own evidence says, beside more; 3 and 4 were no better (ADR 15)
+NEIGHBOURLY = 2.0  # how much further it opens than its own evidence says, beside more; 3, 4 no better (EXPERIMENTS)
 STRICT_FROM = 0.33  # dose fraction from which on its offset applies in full; below, in proportion (ADR 15)
 CLEAR = 3.0  # signal-to-noise ratio, after smoothing, at which an untrained network's logit is 0 (ADR 12)
 PRIOR_SLOPE, PRIOR_LIMIT = (
@@ -83,7 +83,7 @@ class DoseResponse(nn.Module):
     (`models.training.response`), not with the rest.
     """
 
-    POWERS = (4, 3)  # coefficients over t and p: fitted to a study they leave .016 of an error of .066 (ADR 15)
+    POWERS = (4, 3)  # coefficients over t and p: fitted to a study they leave .016 of an error of .066 (EXPERIMENTS)
     STRONGEST, BRIGHTEST = 3.0, 1.3  # of x and p that is told apart, white matter = 1: beyond is too rare to learn
     LOG_LIMIT = 2.0  # of the logarithm of the factor
 
@@ -299,9 +299,10 @@ class Network(nn.Module):
         return torch.cat([z, once, twice, self._blur(twice, 2)], 1)
 
     def _gate(self, logit: Tensor, ratio: Tensor) -> Tensor:
-        """The gate: logit and prior, smoothed twice; then opened as far as a neighbour, but not much further.
+        """The gate: g = min(h + NEIGHBOURLY, max_beside blur(h)), with h = blur(blur(logit + prior)).
 
-        prior = PRIOR_SLOPE (max_i q_i - CLEAR) over the smoothed ratios; g = min(g + NEIGHBOURLY, max_beside g).
+        prior = PRIOR_SLOPE (max_i q_i - CLEAR) over the smoothed ratios, limited; `max_beside` is over 3x3x3 voxels.
+        So a voxel is opened by NEIGHBOURLY at most, and never above the smoothed evidence around it.
         """
         prior = PRIOR_SLOPE * (ratio[:, 1:].amax(1, keepdim=True) - CLEAR)
         gate = logit + torch.clamp(prior, -PRIOR_LIMIT, PRIOR_LIMIT)

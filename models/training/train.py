@@ -37,7 +37,7 @@ from models.training.site import SiteData, cut, padded, simulated_block
 # Weights and scales of the loss: chosen, but where an ADR is named.
 FALSE_FIRST, FALSE_WEIGHT = 10.0, 40.0  # of false enhancement: at first, lest every gate shuts for good, and in full
 FALSE_FROM = 0.05  # of white matter: signal in quiet brain that is false; half of what counts as enhancing
-AUXILIARY_WEIGHT = 0.5  # of the auxiliary heads (ADR 15)
+AUXILIARY_WEIGHT = 0.5  # of the auxiliary heads; why there are any: ADR 15
 BIAS_WEIGHT, BIAS_SIDE = 8.0, 4  # of the error over blocks of so many voxels a side
 EXCESS_WEIGHT = 0.1  # of what exceeds the bound, which takes its gradient away
 SLOPE_WEIGHT, SLOPE_DAMPING = 0.1, 20.0  # of the slope; the spread of a patch's enhancement below which it counts less

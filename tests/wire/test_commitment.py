@@ -16,7 +16,7 @@ from pynetdicom.association import Association
 
 from service.core.dicom.commitment import PUSH_MODEL, PUSH_MODEL_INSTANCE, Reference, Report, Request
 from service.core.errors import Reason
-from service.core.job import Kind, State
+from service.core.job import Job, Kind, State
 from service.core.ledger import DeliveryStatus, Ledger
 from service.core.settings import CommitmentRequestor
 from service.core.spool import Spool
@@ -397,9 +397,13 @@ def test_a_destination_reports_on_what_it_was_asked_alone(
     assert "a report of what another destination was asked" in [record.getMessage() for record in caplog.records]
 
 
-def test_who_commits_itself_while_another_destination_is_waited_for_is_not_asked_again(
-    make_site: Callable[..., Site],
-) -> None:
+def reported_while_another_is_waited_for(make_site: Callable[..., Site], reason: int | None) -> Job:
+    """Two destinations are due; while the silent one is waited for, the other answers its first request.
+
+    Args:
+        make_site: the fixture.
+        reason: Failure Reason for one instance of the other's; None: it commits itself to all.
+    """
     with running_archive() as silent, running_archive() as late:
         site = make_site(silent.port, commitment_timeout_seconds=HOUR)
         [pacs] = site.settings.destinations
@@ -414,36 +418,25 @@ def test_who_commits_itself_while_another_destination_is_waited_for_is_not_asked
         asking = threading.Thread(target=site.worker.deliver, args=(job_id,))
         asking.start()
         wait_until(lambda: len(silent.requests) == 2, what="the second request")
+        late.reasons |= {late.requests[0].references[0].sop_instance_uid: reason} if reason else {}
         with listening(site) as (port, _):
             assert call_with_report(port, late.report(late.requests[0])) == 0x0000
         asking.join()
-    assert (len(silent.requests), len(late.requests)) == (2, 1)
-    assert site.job(job_id).detail.startswith("pacs: storage commitment of 4 instances asked for 2 times")
+    assert (len(silent.requests), len(late.requests)) == (2, 1)  # the other was not asked again
+    return site.job(job_id)
+
+
+def test_who_commits_itself_while_another_destination_is_waited_for_is_not_asked_again(
+    make_site: Callable[..., Site],
+) -> None:
+    job = reported_while_another_is_waited_for(make_site, reason=None)
+    assert job.detail.startswith("pacs: storage commitment of 4 instances asked for 2 times")
 
 
 def test_who_refuses_for_good_while_another_destination_is_waited_for_is_not_asked_again(
     make_site: Callable[..., Site],
 ) -> None:
-    with running_archive() as silent, running_archive() as late:
-        site = make_site(silent.port, commitment_timeout_seconds=HOUR)
-        [pacs] = site.settings.destinations
-        second = pacs.model_copy(update={"name": "second", "port": late.port})
-        site.settings = site.settings.model_copy(update={"destinations": (pacs, second)})
-        site.restart_worker()
-        job_id = site.new_job("pacs", "second")
-        site.worker.process(job_id)
-        site.worker.deliver(job_id)
-        site.clock.advance(HOUR)
-        site.restart_worker(destinations=(pacs.model_copy(update={"commitment_wait_seconds": 3}), second))
-        asking = threading.Thread(target=site.worker.deliver, args=(job_id,))
-        asking.start()
-        wait_until(lambda: len(silent.requests) == 2, what="the second request")
-        late.reasons[late.requests[0].references[0].sop_instance_uid] = 0x0119
-        with listening(site) as (port, _):
-            assert call_with_report(port, late.report(late.requests[0])) == 0x0000
-        asking.join()
-    assert (len(silent.requests), len(late.requests)) == (2, 1)
-    assert site.job(job_id).reason is Reason.COMMITMENT_REFUSED
+    assert reported_while_another_is_waited_for(make_site, reason=0x0119).reason is Reason.COMMITMENT_REFUSED
 
 
 def test_an_instance_that_is_kept_under_another_class_is_not_committed(make_site: Callable[..., Site]) -> None:

@@ -14,7 +14,7 @@ from pydicom.sr.coding import Code
 from models.agents import AGENTS, named_agents
 from service.core.dicom.header import administered_agents
 from service.core.dicom.values import texts
-from worker.read.known import ContradictionError, Known, refuse_differing, tag
+from worker.read.known import ContradictionError, Known, refuse_differing, tag, with_site
 from worker.read.planes import Plane
 
 
@@ -29,12 +29,10 @@ def read_agent(planes: Sequence[Plane], site: Known[str] | None) -> Known[str]:
         header = _header_agent(planes)
     except ContradictionError as error:
         return Known.unknown(str(error))
-    if site is None:
-        return header
-    if site.value is None:
-        return site
-    if header.value is None:
-        return Known(site.value, f"{site.source}; {header.why}")
+    return with_site(header, site, _same)
+
+
+def _same(header: Known[str], site: Known[str]) -> Known[str]:
     return header if header.value == site.value else Known.unknown(f"{header.source} and {site.source} disagree")
 
 

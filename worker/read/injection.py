@@ -18,7 +18,7 @@ from service.core.dicom.header import administered_agents
 from service.core.dicom.site_rules import DOSE_RANGE_MMOL_PER_KG, SiteRule
 from service.core.dicom.values import items, number, texts
 from worker.read.agent import read_agent
-from worker.read.known import ContradictionError, Known, of_site, refuse_differing, tag
+from worker.read.known import ContradictionError, Known, of_site, refuse_differing, tag, with_site
 from worker.read.planes import Plane
 
 _STANDARD_DOSE_FRACTION = 0.7  # from here on there is nothing to synthesise
@@ -48,19 +48,9 @@ class Injection:
     def dose(self, weight: Known[float]) -> Known[float]:
         """The dose in mmol/kg, from every statement of the header and the site's rules; they agree within 20 %."""
         try:
-            header, site = self._header_dose(weight), self.site_dose
+            return with_site(self._header_dose(weight), self.site_dose, _agreeing)
         except ContradictionError as error:
             return Known.unknown(str(error))
-        if site is None:
-            return header
-        if site.value is None:
-            return site
-        if header.value is None:
-            return Known(site.value, f"{site.source}; {header.why}")
-        if disagree(header.value, site.value):
-            disagreement = f"{header.value:.4f} mmol/kg by {header.source}, {site.value:.4f} by {site.source}"
-            return Known.unknown(f"statements disagree: {disagreement}")
-        return Known(header.value, f"{header.source}; {site.source} agrees")
 
     def header_dose(self, weight: Known[float]) -> Known[float]:
         """The dose in mmol/kg by the header alone."""
@@ -130,6 +120,13 @@ def is_standard_dose(dose_mmol_per_kg: float, agent: str | None) -> bool:
 def disagree(one: float, other: float) -> bool:
     """Whether two statements of a dose, in one unit, cannot be of the same injection."""
     return max(one, other) > _DISAGREEMENT * min(one, other)
+
+
+def _agreeing(header: Known[float], site: Known[float]) -> Known[float]:
+    if header.value is None or site.value is None or not disagree(header.value, site.value):
+        return Known(header.value, f"{header.source}; {site.source} agrees")
+    disagreement = f"{header.value:.4f} mmol/kg by {header.source}, {site.value:.4f} by {site.source}"
+    return Known.unknown(f"statements disagree: {disagreement}")
 
 
 def faults_of(rules: Iterable[SiteRule]) -> Iterator[str]:

@@ -6,7 +6,7 @@ unknown, and the source says why.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -45,6 +45,18 @@ class Known(Generic[T]):
     def why(self) -> str:
         """The source without the word `unknown`."""
         return self.source.removeprefix("unknown: ")
+
+
+def with_site(header: Known[T], site: Known[T] | None, compared: Callable[[Known[T], Known[T]], Known[T]]) -> Known[T]:
+    """What a header and the site's rules say together; `compared` decides where both say something.
+
+    A site's rule fills in what the header leaves open. Rules that contradict each other make the value unknown.
+    """
+    if site is None:
+        return header
+    if site.value is None:
+        return site
+    return Known(site.value, f"{site.source}; {header.why}") if header.value is None else compared(header, site)
 
 
 class ContradictionError(Exception):

@@ -94,22 +94,8 @@ _HEAD = frozenset(
 # Body Part Examined (PS3.16 annex L), and what technologists write.
 _ELSEWHERE = frozenset(
     {"abdomen", "ankle", "arm", "breast", "bws", "cardiac", "chest", "coccyx", "cspine", "ctspine", "elbow"}
-    | {
-        "extremity",
-        "finger",
-        "foot",
-        "forearm",
-        "genou",
-        "hals",
-        "hand",
-        "heart",
-        "herz",
-        "hip",
-        "hws",
-        "kidney",
-        "knee",
-        "knie",
-    }
+    | {"extremity", "finger", "foot", "forearm", "genou", "hals", "hand", "heart", "herz", "hip", "hws", "kidney"}
+    | {"knee", "knie"}
     | {"leg", "liver", "lspine", "lsspine", "lumbar", "lws", "mamma", "neck", "pancreas", "pelvis"}
     | {"prostate", "rachis", "sacrum", "schulter", "shoulder", "spine", "sspine", "thigh", "thorax", "tlspine", "toe"}
     | {"tspine", "uterus", "wirbelsaule", "wirbelsäule", "wholebody", "wrist"}
